@@ -1,0 +1,1 @@
+"""Packaged YAML: models, scenarios and published targets."""

@@ -1,0 +1,1 @@
+"""What was seen: measurements, spans, routing traces and request records."""
