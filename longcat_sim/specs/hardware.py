@@ -1,0 +1,170 @@
+"""``HardwareSpec``: one device and its links, as a data sheet with a source per figure, and the fit made on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from longcat_sim.errors import SpecError
+from longcat_sim.specs.base import (
+    Bytes,
+    BytesPerSecond,
+    Count,
+    FlopPerSecond,
+    ParsedFloat,
+    Part,
+    Seconds,
+    UsdPerHour,
+    Watts,
+)
+from longcat_sim.specs.loading import read_yaml, unknown_name, validate
+
+SCHEMA = 1
+
+
+class Link(Part):
+    """One device's way onto a link, one direction."""
+
+    bandwidth: BytesPerSecond
+    latency: Seconds = ParsedFloat(0.0)
+
+
+class ScaleUp(Link):
+    """The link inside a scale-up domain (NVLink, xGMI, HCCS, shared memory)."""
+
+    domain_size: Count
+    """Devices that reach each other over this link."""
+
+
+class HardwareSpec(Part):
+    """A device as its data sheet gives it. Every figure's source stands in ``sources``; one without is *assumed*."""
+
+    name: str
+    device: str
+    peak: dict[str, FlopPerSecond] = Field(min_length=1)
+    """Dense peak by dtype."""
+    memory: Bytes
+    memory_bandwidth: BytesPerSecond
+    l2: Bytes | None = None
+    sm_count: Count | None = None
+    """SMs, CUs or cores."""
+    scale_up: ScaleUp | None = None
+    scale_out: Link | None = None
+    host_link: Link | None = None
+    """To host memory (PCIe, C2C)."""
+    power: Watts | None = None
+    """TDP of the device."""
+    all_in_power: Watts | None = None
+    """Server, network and cooling share included."""
+    idle_power: Watts | None = None
+    price: UsdPerHour | None = None
+    """Rental price; its date is in its source."""
+    sources: dict[str, str] = {}
+    """Dotted field -> where the figure comes from, with a date."""
+    notes: str = ""
+    fit: Mapping[str, Any] | None = Field(default=None, repr=False)
+    """What ``calibrate`` wrote; read by ``calibration``."""
+
+    @model_validator(mode="after")
+    def _sources_name_fields(self) -> HardwareSpec:
+        known = set(self._figures())
+        strange = [key for key in self.sources if key not in known]
+        if strange:
+            raise ValueError(
+                f"sources: expected keys among {', '.join(sorted(known))}; got {', '.join(strange)}; "
+                "name the field that the source is of"
+            )
+        return self
+
+    def _figures(self) -> list[str]:
+        """Return the dotted names of all figures of the data sheet."""
+        names: list[str] = []
+        for key, value in self:
+            if key in ("name", "device", "sources", "notes", "fit") or value is None:
+                continue
+            if isinstance(value, Part):
+                names += [f"{key}.{inner}" for inner, got in value if got is not None]
+            elif isinstance(value, dict):
+                names += [f"{key}.{inner}" for inner in value]
+            else:
+                names.append(key)
+        return names
+
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """Figures without a source."""
+        return tuple(name for name in self._figures() if name not in self.sources)
+
+    def peak_flop_per_s(self, dtype: str) -> float:
+        """Return the dense peak for ``dtype``; a dtype the device lacks runs at the next wider one's rate.
+
+        Raises:
+            SpecError: neither ``dtype`` nor a wider type has a peak.
+        """
+        wider = {"nvfp4": "fp4", "fp4": "fp8", "fp8": "bf16", "int8": "bf16", "fp16": "bf16", "tf32": "fp32"}
+        wanted = dtype
+        while dtype not in self.peak and dtype in wider:
+            dtype = wider[dtype]
+        if dtype not in self.peak:
+            # fp32 products outside the matrix units: datasheets of accelerators list no dense matrix peak for them
+            if "bf16" in self.peak and wanted in ("fp32", "tf32"):
+                return self.peak["bf16"] / 2
+            raise SpecError(
+                f"hardware {self.name}: peak: expected an entry for {wanted}; it has {', '.join(self.peak)}; "
+                f"add peak.{wanted} to the profile or choose another precision"
+            )
+        return self.peak[dtype]
+
+
+def profile_folders() -> list[Path]:
+    """Return where profiles are looked for: ./hardware_profiles first, then the package's own checkout."""
+    folders = [Path.cwd() / "hardware_profiles", Path(__file__).resolve().parents[2] / "hardware_profiles"]
+    return [folder for i, folder in enumerate(folders) if folder.is_dir() and folder not in folders[:i]]
+
+
+def hardware_names() -> list[str]:
+    """Return the names of all profiles found."""
+    return sorted({path.stem for folder in profile_folders() for path in folder.glob("*.yaml")})
+
+
+def load_hardware(name_or_path: str | Path, *, where: str = "") -> HardwareSpec:
+    """Return a hardware profile by name or path.
+
+    Raises:
+        SpecError: no such profile (lists those there are), or every fault of the file.
+    """
+    text = str(name_or_path)
+    if text.endswith((".yaml", ".yml")) or "/" in text:
+        path = Path(text)
+        if not path.exists():
+            raise unknown_name("hardware", text, hardware_names(), where=where)
+    else:
+        found = [folder / f"{text}.yaml" for folder in profile_folders() if (folder / f"{text}.yaml").exists()]
+        if not found:
+            raise unknown_name("hardware", text, hardware_names(), where=where)
+        path = found[0]
+    document, lines, faults = read_yaml(path)
+    if not isinstance(document, dict) or "datasheet" not in document:
+        raise SpecError([*faults, f"{path.name}:1: datasheet: expected this section, such as 'datasheet: {{...}}'"])
+    unknown = sorted(set(document) - {"schema", "name", "datasheet", "fit"})
+    faults += [
+        f"{path.name}:{lines.get((key,), 1)}: expected schema, name, datasheet and fit; got {key!r}; remove it"
+        for key in unknown
+    ]
+    if document.get("schema") != SCHEMA:
+        faults.append(
+            f"{path.name}:{lines.get(('schema',), 1)}: schema: expected {SCHEMA}; got {document.get('schema')!r}; "
+            "write the profile again with this version's `calibrate`"
+        )
+    sheet = document["datasheet"] if isinstance(document["datasheet"], dict) else {}
+    flat = {"name": document.get("name", path.stem), **sheet, "fit": document.get("fit")}
+    try:
+        spec = validate(HardwareSpec, flat, where=path.name, lines=lines, at=("datasheet",))
+    except SpecError as error:
+        faults += error.faults
+    if faults:
+        raise SpecError(faults)
+    return spec

@@ -1,0 +1,153 @@
+"""Read YAML descriptions so that every fault of a file is reported at once, each with file, line, key and a remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from longcat_sim.errors import SpecError
+
+M = TypeVar("M", bound=BaseModel)
+Lines = dict[tuple, int]
+
+
+def read_yaml(path: Path) -> tuple[Any, Lines, list[str]]:
+    """Return the document of a YAML file, the line of each key path, and the faults found while reading.
+
+    Raises:
+        SpecError: the file is missing, not text, empty, or not YAML.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SpecError(f"{path}: expected a YAML file; there is none; check the path") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise SpecError(f"{path}: expected a readable YAML text file; got {error}") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        problem = getattr(error, "problem", None) or str(error)
+        raise SpecError(f"{path.name}:{line}: expected YAML; got {problem}; mend the line") from None
+    if root is None:
+        raise SpecError(f"{path.name}:1: expected a description; got an empty file")
+    lines: Lines = {(): 1}
+    faults: list[str] = []
+
+    def walk(node: yaml.Node, at: tuple) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                here = (*at, key.value)
+                line = key.start_mark.line + 1
+                if here in lines:
+                    faults.append(
+                        f"{path.name}:{line}: {dotted(here)}: expected each key once; it is also on line "
+                        f"{lines[here]}; remove one"
+                    )
+                lines[here] = line
+                walk(value, here)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                lines[(*at, index)] = value.start_mark.line + 1
+                walk(value, (*at, index))
+
+    walk(root, ())
+    return document, lines, faults
+
+
+def validate(kind: type[M], document: Any, *, where: str, lines: Lines | None = None, at: tuple = ()) -> M:
+    """Return ``document`` as a checked ``kind``.
+
+    ``where`` names the file (or argument); ``lines`` maps key paths to lines; ``at`` is the path of ``document`` in it.
+
+    Raises:
+        SpecError: every fault of the document, one a line.
+    """
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        raise SpecError(explain(error, kind, where=where, lines=lines, at=at)) from None
+
+
+def explain(
+    error: ValidationError, kind: type[BaseModel], *, where: str, lines: Lines | None = None, at: tuple = ()
+) -> list[str]:
+    """Return pydantic's faults as sentences: where, expected, got, what to do."""
+    faults = []
+    for fault in error.errors():
+        path = (*at, *(part for part in fault["loc"] if not _is_type_label(part)))
+        line = _line(lines, path)
+        faults.append(f"{where}{line}: {dotted(path) or kind.__name__}: {_sentence(fault, kind)}")
+    return faults
+
+
+def _sentence(fault: Mapping[str, Any], kind: type[BaseModel]) -> str:
+    got = fault.get("input")
+    match fault["type"]:
+        case "extra_forbidden":
+            known = _known_keys(kind, fault["loc"][:-1])
+            near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+            return f"expected a known key; got {fault['loc'][-1]!r}; {remedy}"
+        case "missing":
+            return "expected this key; it is missing; add it"
+        case "value_error":
+            return str(fault["msg"]).removeprefix("Value error, ")
+        case _:
+            shown = repr(got) if not isinstance(got, Mapping) else "a mapping"
+            return f"{fault['msg'].replace('Input should be', 'expected')}; got {shown}"
+
+
+def _known_keys(kind: type[BaseModel], path: tuple) -> list[str]:
+    """Return the keys that the model at ``path`` under ``kind`` knows."""
+    current: Any = kind
+    for part in path:
+        field = current.model_fields.get(part) if _is_model(current) else None
+        if field is None:
+            continue
+        current = next(iter(_models_in(field.annotation)), current)
+    return list(current.model_fields) if _is_model(current) else []
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if _is_model(annotation):
+        return [annotation]
+    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]
+
+
+def _is_type_label(part: Any) -> bool:
+    """Whether pydantic put a union member's name into the location (``list[str]``, ``function-before[...]``)."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool", "none"))
+
+
+def _line(lines: Lines | None, path: tuple) -> str:
+    if not lines:
+        return ""
+    return f":{next((lines[path[:i]] for i in range(len(path), -1, -1) if path[:i] in lines), 1)}"
+
+
+def dotted(path: tuple) -> str:
+    """Return ``serve.slo[0].ttft`` for ``("serve", "slo", 0, "ttft")``."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def unknown_name(what: str, name: str, known: list[str], *, where: str = "") -> SpecError:
+    """Return the error for a name that is neither packaged nor a file; lists the valid ones."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else "choose one or give a path"
+    start = f"{where}: " if where else ""
+    return SpecError(f"{start}{what}: expected a path or one of {', '.join(known)}; got {name!r}; {hint}")
