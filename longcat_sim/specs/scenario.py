@@ -1,0 +1,276 @@
+"""``Scenario``: everything one simulation needs, loaded from YAML, changed by dotted paths."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import Field
+
+from longcat_sim.errors import SpecError
+from longcat_sim.specs.base import Part, Ratio
+from longcat_sim.specs.deployment import DecodeStep, Deployment, PrefillStep, Routing, Speculative
+from longcat_sim.specs.hardware import HardwareSpec, load_hardware
+from longcat_sim.specs.loading import Lines, read_yaml, unknown_name, validate
+from longcat_sim.specs.model import ModelSpec, model_spec
+from longcat_sim.specs.serve import Serve
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PRESETS = Path(__file__).resolve().parents[1] / "presets" / "scenarios"
+
+
+class Price(Part):
+    """What a GPU-hour costs."""
+
+    usd_per_gpu_hour: float | None = Field(default=None, gt=0)
+    """The hardware profile's price where not given."""
+    utilisation: Ratio = 1.0
+    """Share of paid GPU time that serves tokens at the simulated rate."""
+    usd_per_kwh: float | None = Field(default=None, ge=0)
+    pue: float = Field(default=1.0, ge=1)
+
+
+class Search(Part):
+    """What a capacity search may change and what it wants."""
+
+    hardware: tuple[str, ...] = ()
+    max_gpus: int = Field(default=512, ge=1)
+    ep_size: tuple[int, ...] = ()
+    sequences_per_gpu: tuple[float, ...] = ()
+    overlap: tuple[str, ...] = ()
+    objective: Literal[
+        "usd_per_million_output_tokens", "tokens_per_s_per_user", "ttft_s", "num_gpus"
+    ] = "usd_per_million_output_tokens"
+
+
+class _Document(Part):
+    """The YAML form of a scenario."""
+
+    model: str
+    hardware: str
+    deployment: Deployment
+    routing: Routing = Routing()
+    speculative: Speculative = Speculative()
+    step: Annotated[DecodeStep | PrefillStep, Field(discriminator="phase")] | None = None
+    serve: Serve | None = None
+    search: Search | None = None
+    price: Price = Price()
+    seed: int = 0
+    draws: int = Field(default=32, ge=1, le=4096)
+
+
+class Scenario:
+    """A checked scenario. Build with ``scenario(name_or_path)``; change with ``what_if``.
+
+    Attributes are the sections of the file: ``model`` (ModelSpec), ``hardware`` (HardwareSpec), ``deployment``,
+    ``routing``, ``speculative``, ``step``, ``serve``, ``search``, ``price``, ``seed``, ``draws``.
+    """
+
+    def __init__(
+        self, document: Mapping[str, Any], *, where: str = "scenario", lines: Lines | None = None,
+        changes: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.where = where
+        self.changes: dict[str, Any] = dict(changes or {})
+        self._document, self._lines = document, lines
+        faults: list[str] = []
+        outer: dict[str, Any] = {}
+        inner: dict[str, dict[str, Any]] = {"model": {}, "hardware": {}}
+        for path, value in self.changes.items():
+            head, _, rest = path.partition(".")
+            if head in inner and rest:
+                inner[head][rest] = value
+            else:
+                outer[path] = value
+        changed = _apply(document, outer)
+        try:
+            parsed = validate(_Document, changed, where=where, lines=lines)
+        except SpecError as error:
+            faults += error.faults
+            parsed = None
+        self.hardware = self._named(changed, "hardware", load_hardware, HardwareSpec, inner, faults)
+        self.model = self._named(changed, "model", model_spec, ModelSpec, inner, faults)
+        if parsed is None or faults:
+            raise SpecError(list(dict.fromkeys(faults)))
+        self.deployment, self.routing, self.speculative = parsed.deployment, parsed.routing, parsed.speculative
+        self.step, self.serve, self.search = parsed.step, parsed.serve, parsed.search
+        self.price, self.seed, self.draws = parsed.price, parsed.seed, parsed.draws
+        check_deployment(self.model, self.deployment, where=self._at("deployment"))
+
+    def _at(self, key: str) -> str:
+        line = self._lines.get((key,)) if self._lines else None
+        return f"{self.where}:{line}: {key}" if line else f"{self.where}: {key}"
+
+    def _named(
+        self, document: Mapping[str, Any], key: str, load: Any, kind: Any,
+        inner: Mapping[str, Mapping[str, Any]], faults: list[str],
+    ) -> Any:  # fmt: skip
+        """Return the profile or model that ``document[key]`` names, with its what-if changes applied."""
+        name = document.get(key)
+        if not isinstance(name, str):
+            return None  # _Document has reported it
+        try:
+            found = load(name, where=self._at(key))
+            if inner[key]:
+                found = _changed_spec(found, kind, inner[key], key)
+            return found
+        except SpecError as error:
+            faults += error.faults
+            return None
+
+    def what_if(self, changes: Mapping[str, Any]) -> Scenario:
+        """Return this scenario with figures changed by dotted path, such as
+        ``{"hardware.scale_out.bandwidth": "100 GB/s", "deployment.overlap": "tbo"}``.
+
+        Raises:
+            SpecError: an unknown path or a value that does not fit.
+        """
+        return Scenario(
+            self._document, where=self.where, lines=self._lines, changes={**self.changes, **changes}
+        )  # fmt: skip
+
+    @property
+    def name(self) -> str:
+        """File name without its ending."""
+        return Path(self.where).stem
+
+    @property
+    def usd_per_gpu_hour(self) -> float:
+        """The price, from the scenario or from the hardware profile.
+
+        Raises:
+            SpecError: neither has one.
+        """
+        price = self.price.usd_per_gpu_hour or self.hardware.price
+        if price is None:
+            raise SpecError(
+                f"{self.where}: price.usd_per_gpu_hour: expected a price, such as 2.0; neither the scenario nor "
+                f"hardware {self.hardware.name} has one; add it"
+            )
+        return price
+
+    def digest(self) -> str:
+        """Return a hash of everything that decides the result."""
+        whole = {"document": self._document, "changes": self.changes, "hardware": self.hardware.model_dump(mode="json")}
+        return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        changed = f", changes={self.changes}" if self.changes else ""
+        return f"Scenario({self.name!r}, model={self.model.name!r}, hardware={self.hardware.name!r}{changed})"
+
+
+def _apply(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of ``document`` with values set by dotted path; missing mappings are made."""
+    result = json.loads(json.dumps(document, default=str))
+    for path, value in changes.items():
+        parts = path.split(".")
+        node = result
+        for part in parts[:-1]:
+            key, index = (part.split("[")[0], int(part.split("[")[1][:-1])) if part.endswith("]") else (part, None)
+            if not isinstance(node.get(key), (dict, list)):
+                node[key] = {}
+            node = node[key] if index is None else node[key][index]
+        node[parts[-1]] = value
+    return result
+
+
+def _changed_spec(spec: Any, kind: Any, changes: Mapping[str, Any], key: str) -> Any:
+    """Return ``spec`` with fields replaced by dotted path; each new value is read as if it stood in the file."""
+    whole = _plain(spec)
+    for path, value in changes.items():
+        parts = path.split(".")
+        node: Any = whole
+        for depth, part in enumerate(parts[:-1]):
+            if not isinstance(node.get(part), dict):
+                known = ", ".join(sorted(node))
+                raise SpecError(f"{key}.{path}: expected one of {known}; got {'.'.join(parts[: depth + 1])!r}")
+            node = node[part]
+        if parts[-1] not in node and not (len(parts) == 1 and parts[-1] in kind.model_fields):
+            raise SpecError(f"{key}.{path}: expected one of {', '.join(sorted(node))}; got {parts[-1]!r}")
+        node[parts[-1]] = value
+    return validate(kind, whole, where=f"change of {key}")
+
+
+def _plain(spec: Any) -> dict[str, Any]:
+    """Return a spec's fields as nested dicts whose quantities keep the type that marks them as parsed."""
+    return {name: _plain(value) if isinstance(value, Part) else dict(value) if isinstance(value, dict) else value
+            for name, value in spec}  # fmt: skip
+
+
+def check_deployment(model: ModelSpec, deployment: Deployment, *, where: str = "deployment") -> None:
+    """Raise SpecError, with the sum written out, if the model's sizes do not divide over the deployment."""
+    faults = []
+    experts = model.num_ffn_experts
+    if experts and experts % deployment.ep_size:
+        near = [size for size in range(1, experts + 1) if experts % size == 0 and deployment.num_gpus % size == 0]
+        faults.append(
+            f"{where}: ep_size must divide n_routed_experts: {experts} % {deployment.ep_size} = "
+            f"{experts % deployment.ep_size}; try one of {', '.join(map(str, near[-6:]))}"
+        )
+    if not experts and deployment.ep_size > 1:
+        faults.append(f"{where}: ep_size: expected 1 for {model.name}, which has no experts; got {deployment.ep_size}")
+    if model.num_attention_heads % deployment.tp_size:
+        faults.append(
+            f"{where}: tp_size must divide num_attention_heads: {model.num_attention_heads} % {deployment.tp_size} = "
+            f"{model.num_attention_heads % deployment.tp_size}; try a power of two"
+        )
+    if faults:
+        raise SpecError(faults)
+
+
+def scenario_names() -> list[str]:
+    """Return the names of the packaged scenarios."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def scenario(name_or_path: str | Path | Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> Scenario:
+    """Return a packaged scenario by name, one from a YAML file, or one from a mapping.
+
+    Raises:
+        SpecError: no such scenario (lists those there are), or every fault of the file.
+    """
+    if isinstance(name_or_path, Mapping):
+        return Scenario(name_or_path, changes=changes)
+    text = str(name_or_path)
+    packaged = PRESETS / f"{text}.yaml"
+    path = packaged if packaged.exists() else Path(text)
+    if not path.exists():
+        raise unknown_name("scenario", text, scenario_names())
+    document, lines, faults = read_yaml(path)
+    if not isinstance(document, dict):
+        raise SpecError([*faults, f"{path.name}:1: expected a mapping with model, hardware, deployment; got a list"])
+    try:
+        made = Scenario(document, where=path.name, lines=lines, changes=changes)
+    except SpecError as error:
+        raise SpecError([*faults, *error.faults]) from None
+    if faults:
+        raise SpecError(faults)
+    return made
+
+
+def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
+    """Return ``{"a.b": value}`` of ``a.b=value`` strings; values are read as YAML.
+
+    Raises:
+        SpecError: a setting without ``=`` or without a path.
+    """
+    changes: dict[str, Any] = {}
+    faults = []
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals or not path.strip():
+            faults.append(f"--set: expected path=value, such as deployment.overlap=sbo; got {setting!r}")
+            continue
+        try:
+            changes[path.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            faults.append(f"--set {path}: expected a YAML value; got {text!r}")
+    if faults:
+        raise SpecError(faults)
+    return changes
