@@ -16,16 +16,14 @@ class Part(BaseModel):
 
 
 class ParsedFloat(float):
-    """A float that came from a string with a unit, so that re-validating a built object accepts it."""
+    """A quantity given in code, already in base units: passes where a file would have to write a unit."""
 
 
 def _reader(dimension: str) -> BeforeValidator:
-    """Return the pydantic reader of quantities in ``dimension``; a ``ParsedFloat`` passes through unchanged."""
+    """Return the pydantic reader of quantities in ``dimension``."""
 
     def read(value: Any) -> float:
-        if isinstance(value, ParsedFloat):
-            return value
-        return ParsedFloat(units.parse(value, dimension))
+        return value if isinstance(value, ParsedFloat) else units.parse(value, dimension)
 
     return BeforeValidator(read)
 

@@ -14,7 +14,6 @@ from longcat_sim.specs.base import (
     BytesPerSecond,
     Count,
     FlopPerSecond,
-    ParsedFloat,
     Part,
     Seconds,
     UsdPerHour,
@@ -29,7 +28,7 @@ class Link(Part):
     """One device's way onto a link, one direction."""
 
     bandwidth: BytesPerSecond
-    latency: Seconds = ParsedFloat(0.0)
+    latency: Seconds = 0.0
 
 
 class ScaleUp(Link):
@@ -62,7 +61,7 @@ class HardwareSpec(Part):
     idle_power: Watts | None = None
     price: UsdPerHour | None = None
     """Rental price; its date is in its source."""
-    sources: dict[str, str] = {}
+    sources: dict[str, str] = Field(default_factory=dict)
     """Dotted field -> where the figure comes from, with a date."""
     notes: str = ""
     fit: Mapping[str, Any] | None = Field(default=None, repr=False)

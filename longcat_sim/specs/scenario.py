@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -9,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
 from longcat_sim.errors import SpecError
-from longcat_sim.specs.base import Part, Ratio
+from longcat_sim.specs.base import FlopPerSecond, Part, Ratio
 from longcat_sim.specs.deployment import DecodeStep, Deployment, PrefillStep, Routing, Speculative
 from longcat_sim.specs.hardware import HardwareSpec, load_hardware
 from longcat_sim.specs.loading import Lines, read_yaml, unknown_name, validate
@@ -44,9 +45,9 @@ class Search(Part):
     ep_size: tuple[int, ...] = ()
     sequences_per_gpu: tuple[float, ...] = ()
     overlap: tuple[str, ...] = ()
-    objective: Literal[
-        "usd_per_million_output_tokens", "tokens_per_s_per_user", "ttft_s", "num_gpus"
-    ] = "usd_per_million_output_tokens"
+    objective: Literal["usd_per_million_output_tokens", "tokens_per_s_per_user", "ttft_s", "num_gpus"] = (
+        "usd_per_million_output_tokens"
+    )
 
 
 class _Document(Part):
@@ -94,8 +95,8 @@ class Scenario:
         except SpecError as error:
             faults += error.faults
             parsed = None
-        self.hardware = self._named(changed, "hardware", load_hardware, HardwareSpec, inner, faults)
-        self.model = self._named(changed, "model", model_spec, ModelSpec, inner, faults)
+        self.hardware = self._named(changed, "hardware", _load_hardware, inner, faults)
+        self.model = self._named(changed, "model", _load_model, inner, faults)
         if parsed is None or faults:
             raise SpecError(list(dict.fromkeys(faults)))
         self.deployment, self.routing, self.speculative = parsed.deployment, parsed.routing, parsed.speculative
@@ -108,7 +109,7 @@ class Scenario:
         return f"{self.where}:{line}: {key}" if line else f"{self.where}: {key}"
 
     def _named(
-        self, document: Mapping[str, Any], key: str, load: Any, kind: Any,
+        self, document: Mapping[str, Any], key: str, load: Any,
         inner: Mapping[str, Mapping[str, Any]], faults: list[str],
     ) -> Any:  # fmt: skip
         """Return the profile or model that ``document[key]`` names, with its what-if changes applied."""
@@ -116,10 +117,7 @@ class Scenario:
         if not isinstance(name, str):
             return None  # _Document has reported it
         try:
-            found = load(name, where=self._at(key))
-            if inner[key]:
-                found = _changed_spec(found, kind, inner[key], key)
-            return found
+            return load(name, inner[key], self._at(key))
         except SpecError as error:
             faults += error.faults
             return None
@@ -180,33 +178,63 @@ def _apply(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     return result
 
 
-def _changed_spec(spec: Any, kind: Any, changes: Mapping[str, Any], key: str) -> Any:
-    """Return ``spec`` with fields replaced by dotted path; each new value is read as if it stood in the file."""
-    whole = _plain(spec)
+def _load_hardware(name: str, changes: Mapping[str, Any], where: str) -> HardwareSpec:
+    """Return a profile with figures replaced by dotted path, each value read as if it stood in the file."""
+    spec = load_hardware(name, where=where)
     for path, value in changes.items():
-        parts = path.split(".")
-        node: Any = whole
-        for depth, part in enumerate(parts[:-1]):
-            if not isinstance(node.get(part), dict):
-                known = ", ".join(sorted(node))
-                raise SpecError(f"{key}.{path}: expected one of {known}; got {'.'.join(parts[: depth + 1])!r}")
-            node = node[part]
-        if parts[-1] not in node and not (len(parts) == 1 and parts[-1] in kind.model_fields):
-            raise SpecError(f"{key}.{path}: expected one of {', '.join(sorted(node))}; got {parts[-1]!r}")
-        node[parts[-1]] = value
-    return validate(kind, whole, where=f"change of {key}")
+        spec = _replaced(spec, path.split("."), value, where=f"hardware.{path}")
+    return spec
 
 
-def _plain(spec: Any) -> dict[str, Any]:
-    """Return a spec's fields as nested dicts whose quantities keep the type that marks them as parsed."""
-    return {name: _plain(value) if isinstance(value, Part) else dict(value) if isinstance(value, dict) else value
-            for name, value in spec}  # fmt: skip
+def _load_model(name: str, changes: Mapping[str, Any], where: str) -> ModelSpec:
+    """Return a model with config keys replaced; what follows from them is derived anew."""
+    try:
+        spec = model_spec(name)
+        for key in changes:
+            if key not in type(spec).model_fields:
+                near = difflib.get_close_matches(key, type(spec).model_fields, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(type(spec).model_fields)}"
+                raise SpecError(f"model.{key}: expected a key of the model; got {key!r}; {hint}")
+        return model_spec(name, **changes)
+    except SpecError as error:
+        raise SpecError([f"{where}: {fault}" for fault in error.faults]) from None
+
+
+def _replaced(node: Any, path: list[str], value: Any, *, where: str) -> Any:
+    known = dict(node)
+    head, rest = path[0], path[1:]
+    if head not in known:
+        near = difflib.get_close_matches(head, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "choose one"
+        raise SpecError(f"{where}: expected one of {', '.join(sorted(known))}; got {head!r}; {hint}")
+    if rest:
+        if not isinstance(known[head], (Part, dict)):
+            raise SpecError(f"{where}: expected a figure; {head} has no parts here; got {'.'.join(path)!r}")
+        new = _replaced(known[head], rest, value, where=where)
+    else:
+        new = _read_as(node, head, value, where=where)
+    return {**node, head: new} if isinstance(node, dict) else node.model_copy(update={head: new})
+
+
+def _read_as(node: Any, name: str, value: Any, *, where: str) -> Any:
+    """Return ``value`` validated as the field ``name`` of ``node`` (of a dict: as a peak rate, the only dict there)."""
+    if isinstance(node, dict):
+        kind: Any = FlopPerSecond
+    else:
+        field = type(node).model_fields[name]
+        kind = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise SpecError(
+            [f"{where}: {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()]
+        ) from None
 
 
 def check_deployment(model: ModelSpec, deployment: Deployment, *, where: str = "deployment") -> None:
     """Raise SpecError, with the sum written out, if the model's sizes do not divide over the deployment."""
     faults = []
-    experts = model.num_ffn_experts
+    experts = model.n_routed_experts
     if experts and experts % deployment.ep_size:
         near = [size for size in range(1, experts + 1) if experts % size == 0 and deployment.num_gpus % size == 0]
         faults.append(
