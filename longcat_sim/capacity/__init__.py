@@ -1,0 +1,1 @@
+"""Decisions: price, search, sensitivity and uncertainty."""
