@@ -1,0 +1,170 @@
+"""The ``fit:`` section of a hardware profile: written by ``calibrate`` only, read by ``OpTimes.from_hardware``.
+
+Weights and errors are plain figures. Grids are packed text (zlib, base64): one byte per cell, hundredths of
+log(time / law), a bit per cell for "measured"; draws are float32.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from longcat_sim.calibration.fitted import FittedLaw
+from longcat_sim.calibration.laws import LAWS, Device
+from longcat_sim.errors import MeasurementError, SpecError
+from longcat_sim.ops.op import FloatArray
+from longcat_sim.records.files import write_text
+from longcat_sim.specs.hardware import HardwareSpec, load_hardware
+
+if TYPE_CHECKING:
+    from longcat_sim.calibration.op_times import OpTimes
+
+SCHEMA = 1
+STEP = 0.01
+"""Resolution of a packed correction; far below any fit's error."""
+
+
+def _pack(data: bytes) -> str:
+    return base64.b64encode(zlib.compress(data, 9)).decode()
+
+
+def _unpack(text: str) -> bytes:
+    return zlib.decompress(base64.b64decode(text))
+
+
+def _round(value: float, digits: int = 4) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+def write_section(times: OpTimes) -> dict[str, Any]:
+    """Return the section as plain YAML data."""
+    laws = []
+    for law in times.laws_.values():
+        document: dict[str, Any] = {"kind": law.kind, "dtype": law.dtype}
+        if law.variant:
+            document["variant"] = law.variant
+        if law.transferred_from:
+            document["transferred_from"] = law.transferred_from
+        document |= {
+            "points": law.count_,
+            "sources": list(law.provenance),
+            "errors": {
+                split: {name: _round(figure, 3) for name, figure in figures.items()}
+                for split, figures in law.errors_.items()
+            },
+            "reference": {name: _round(figure, 7) for name, figure in law.reference._asdict().items()},
+            "weights": [_round(weight, 6) for weight in law.weights_],
+            "sizes": {
+                name: [_round(size, 8) for size in axis]
+                for name, axis in zip(LAWS[law.kind].coordinates, law.axes_, strict=True)
+            },
+            "correction": _pack(np.clip(np.round(law.correction_ / STEP), -127, 127).astype(np.int8).tobytes()),
+            "measured": _pack(np.packbits(law.measured_).tobytes()),
+            "correlation": _round(law.correlation_, 3),
+            "residuals": {name: [_round(x, 3) for x in quantiles] for name, quantiles in law.residuals_.items()},
+        }
+        if len(law.draws_):
+            document["draws"] = len(law.draws_)
+            document["draw_weights"] = _pack(law.draws_.astype(np.float32).tobytes())
+        laws.append(document)
+    section: dict[str, Any] = {"schema": SCHEMA, **times.provenance, "laws": laws}
+    if times.collectives_ is not None and hasattr(times.collectives_, "to_fit"):
+        section["collectives"] = times.collectives_.to_fit()
+    return section
+
+
+def _law(document: Mapping[str, Any]) -> FittedLaw:
+    names = LAWS[document["kind"]].coordinates
+    axes: list[FloatArray] = [np.array(document["sizes"][name], dtype=float) for name in names]
+    shape = tuple(len(axis) for axis in axes)
+    correction = np.frombuffer(_unpack(document["correction"]), dtype=np.int8).astype(float) * STEP
+    measured = np.unpackbits(np.frombuffer(_unpack(document["measured"]), dtype=np.uint8), count=int(np.prod(shape)))
+    weights = np.array(document["weights"], dtype=float)
+    draws = np.zeros((0, len(weights)))
+    if "draw_weights" in document:
+        draws = np.frombuffer(_unpack(document["draw_weights"]), dtype=np.float32).astype(float)
+        draws = draws.reshape(document["draws"], len(weights))
+    return FittedLaw(
+        document["kind"],
+        document["dtype"],
+        document.get("variant", ""),
+        Device(**document["reference"]),
+        weights,
+        axes,
+        correction.reshape(shape),
+        measured.astype(bool).reshape(shape),
+        document["points"],
+        draws,
+        {name: np.array(quantiles) for name, quantiles in document["residuals"].items()},
+        document["correlation"],
+        document["errors"],
+        tuple(document["sources"]),
+        document.get("transferred_from", ""),
+    )
+
+
+def read_fit(hardware: HardwareSpec) -> tuple[dict[Any, FittedLaw], Any, dict[str, Any], int]:
+    """Return (laws, collectives or None, provenance, draws) of a profile; nothing where it has no fit.
+
+    Raises:
+        MeasurementError: the section is of another version or cannot be read.
+    """
+    section = hardware.fit
+    if not section:
+        return {}, None, {}, 64
+    where = f"hardware {hardware.name}: fit"
+    if section.get("schema") != SCHEMA:
+        raise MeasurementError(
+            f"{where}: schema: expected {SCHEMA}; got {section.get('schema')!r}; "
+            "write the fit again with this version's `calibrate`"
+        )
+    try:
+        laws = [_law(document) for document in section.get("laws", [])]
+    except (KeyError, ValueError, TypeError, zlib.error) as error:
+        raise MeasurementError(
+            f"{where}: laws: expected what `calibrate` writes; got {error!r}; write the fit again with `calibrate`"
+        ) from None
+    collectives = None
+    if section.get("collectives"):
+        from longcat_sim.calibration.collectives import CollectiveTimes
+
+        collectives = CollectiveTimes.from_fit(section["collectives"], hardware)
+    provenance = {key: value for key, value in section.items() if key not in ("schema", "laws", "collectives")}
+    draws = max((len(law.draws_) for law in laws), default=64)
+    return {law.key: law for law in laws}, collectives, provenance, draws
+
+
+class _Wide(yaml.SafeDumper):
+    """Writes lists of numbers on one line."""
+
+
+def _flow(dumper: yaml.SafeDumper, items: list) -> yaml.Node:
+    plain = all(not isinstance(item, dict | list) for item in items)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=plain)
+
+
+_Wide.add_representer(list, _flow)
+
+
+def write_fit(hardware_path: str | Path, fit: Mapping[str, Any]) -> None:
+    """Replace the ``fit:`` section of a profile; the data sheet above it stays as it was, to the character.
+
+    Raises:
+        SpecError: the profile cannot be read.
+    """
+    path = Path(hardware_path)
+    if not path.exists():
+        raise SpecError(f"{path}: expected a hardware profile with a datasheet; there is none; write it first")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith("fit:")), len(lines))
+    end = next((i for i in range(start + 1, len(lines)) if lines[i][:1] not in ("", " ", "#", "-")), len(lines))
+    body = yaml.dump({"fit": dict(fit)}, Dumper=_Wide, sort_keys=False, width=118, allow_unicode=True)
+    text = "\n".join([*lines[:start], *body.splitlines(), *lines[end:]]) + "\n"
+    write_text(path, text)
+    load_hardware(path)

@@ -1,0 +1,271 @@
+"""``FittedLaw``: one op kind in one precision, fitted: the law's weights, the local correction, and its held-out error.
+
+The weights come from non-negative least squares in relative error (scipy), the correction from the residuals of the
+nearest measured sizes, on a grid; the time on the grid is then made to rise with every size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from longcat_sim.calibration.laws import LAWS, Device
+from longcat_sim.calibration.table import TimeTable, refine, rising, thin
+from longcat_sim.ops.op import FloatArray, Tag
+
+LEVELS: FloatArray = np.linspace(0.0, 1.0, 21)
+"""Probabilities at which the held-out residuals are kept."""
+PRIOR_WEIGHT = 1.25
+"""Weight of the plain FLOP and byte terms where data says nothing: the 0.8 of the data-sheet roofline."""
+PRIOR_POINTS = 0.3
+"""The prior counts as this many points that are wrong by their whole value."""
+NEIGHBOURS = 8
+FIT_ROWS = 4000
+"""Rows that a law's few weights are fitted to; the correction uses all."""
+NEAR_OCTAVES = 1.5
+"""A size further than this from every measured one, in any coordinate, is extrapolated."""
+
+
+def weigh(
+    coordinates: tuple[FloatArray, ...], seconds: FloatArray, kind: str, dtype: str, device: Device,
+    counts: FloatArray | None = None, start: FloatArray | None = None, rounds: int = 12,
+) -> FloatArray:  # fmt: skip
+    """Return the weights of a law [overhead, serial..., compute..., memory...], all >= 0.
+
+    The larger of compute and memory is chosen per row, the rest is linear: non-negative least squares in relative
+    error, with weights against outliers, repeated until the choice settles. ``counts`` are bootstrap multiplicities.
+    """
+    from scipy.optimize import nnls
+
+    serial, compute, memory = columns(coordinates, kind, dtype, device)
+    n_serial, n_compute, n_memory = serial.shape[1], compute.shape[1], memory.shape[1]
+    times = seconds[:, None]
+    prior = np.zeros((n_serial + n_compute + n_memory + 1, n_serial + n_compute + n_memory + 1))
+    goal = np.zeros(len(prior))
+    for at in ([1 + n_serial] if n_compute else []) + ([1 + n_serial + n_compute] if n_memory else []):
+        prior[at, at] = np.sqrt(PRIOR_POINTS)
+        goal[at] = PRIOR_WEIGHT * np.sqrt(PRIOR_POINTS)
+    if start is None:
+        is_compute = (compute[:, :1].sum(1) > memory[:, :1].sum(1)) if n_compute else np.zeros(len(seconds), bool)
+        trust = np.ones(len(seconds))
+    else:
+        is_compute, trust = _choice(start, serial, compute, memory, seconds)
+    weights = start if start is not None else np.zeros(len(prior))
+    for _ in range(rounds):
+        chosen = is_compute[:, None]
+        rows = np.hstack([np.ones_like(times), serial, compute * chosen, memory * ~chosen]) / times
+        scale = np.sqrt(trust if counts is None else trust * counts)
+        stacked = np.vstack([rows * scale[:, None], prior])
+        target = np.concatenate([scale, goal])
+        norm = np.linalg.norm(stacked, axis=0)
+        norm[norm == 0] = 1.0
+        q, r = np.linalg.qr(stacked / norm)
+        fresh = nnls(r, q.T @ target)[0] / norm
+        settled = np.allclose(fresh, weights, rtol=1e-4, atol=0)
+        weights = fresh
+        if settled:
+            break
+        is_compute, trust = _choice(weights, serial, compute, memory, seconds)
+    return weights
+
+
+def _choice(
+    weights: FloatArray, serial: FloatArray, compute: FloatArray, memory: FloatArray, seconds: FloatArray
+) -> tuple[Any, FloatArray]:
+    """Return which rows are bound by compute, and how far each row is trusted (1 / its relative error)."""
+    at, to = 1 + serial.shape[1], 1 + serial.shape[1] + compute.shape[1]
+    compute_s, memory_s = compute @ weights[at:to], memory @ weights[to:]
+    predicted = weights[0] + serial @ weights[1:at] + np.maximum(compute_s, memory_s)
+    error = np.abs(predicted / seconds - 1)
+    return compute_s > memory_s, 1.0 / np.maximum(error, 0.02)
+
+
+def columns(
+    coordinates: tuple[FloatArray, ...], kind: str, dtype: str, device: Device
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return the law's terms in seconds at the data sheet's rates: serial, compute, memory, each [N, terms]."""
+    law = LAWS[kind]
+    terms = law.terms(dict(zip(law.coordinates, coordinates, strict=True)), dtype, device)
+    shape = np.broadcast_shapes(*(np.shape(c) for c in coordinates))
+
+    def stack(items: list[FloatArray], rate: float) -> FloatArray:
+        flat = [np.broadcast_to(np.asarray(item, dtype=float), shape).ravel() / rate for item in items]
+        return np.array(flat).T if flat else np.zeros((int(np.prod(shape)), 0))
+
+    return (
+        stack(terms.serial, device.bandwidth),
+        stack(terms.compute, device.peak),
+        stack(terms.memory, device.bandwidth),
+    )
+
+
+def law_parts(
+    weights: FloatArray, coordinates: tuple[FloatArray, ...], kind: str, dtype: str, device: Device
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return (overhead and serial, compute, memory) seconds of the law [N]."""
+    serial, compute, memory = columns(coordinates, kind, dtype, device)
+    at, to = 1 + serial.shape[1], 1 + serial.shape[1] + compute.shape[1]
+    return weights[0] + serial @ weights[1:at], compute @ weights[at:to], memory @ weights[to:]
+
+
+def law_seconds(
+    weights: FloatArray, coordinates: tuple[FloatArray, ...], kind: str, dtype: str, device: Device
+) -> FloatArray:
+    """Return the law's time, without the local correction [N]."""
+    fixed, compute, memory = law_parts(weights, coordinates, kind, dtype, device)
+    return fixed + np.maximum(compute, memory)
+
+
+def logs(coordinates: Any) -> FloatArray:
+    """Return log2 of the coordinates [N, D]; sizes below 1 count as half a unit."""
+    return np.log2(np.maximum(np.stack(coordinates, axis=-1), 0.5))
+
+
+@dataclass
+class FittedLaw:
+    """The fit of one (kind, dtype, variant). Fields end in ``_`` where the data taught them."""
+
+    kind: str
+    dtype: str
+    variant: str
+    reference: Device
+    """The data sheet it was fitted against."""
+    weights_: FloatArray
+    axes_: list[FloatArray]
+    """Sizes of the correction grid, per coordinate."""
+    correction_: FloatArray
+    """log(time / law) on the grid."""
+    measured_: Any
+    """Whether a cell of the grid was measured."""
+    count_: int
+    draws_: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
+    """Weights of the bootstrap draws [draws, weights]."""
+    residuals_: Mapping[str, FloatArray] = field(default_factory=dict)
+    """Split class (interpolated, extrapolated) -> quantiles of log(measured / predicted) at ``LEVELS``."""
+    correlation_: float = 0.0
+    """Correlation of held-out residuals between neighbouring sizes."""
+    errors_: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Split -> mape, median, p90, count, coverage."""
+    provenance: tuple[str, ...] = ()
+    transferred_from: str = ""
+    """Another device that was measured instead of this one."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """(kind, dtype, variant)."""
+        return self.kind, self.dtype, self.variant
+
+    @classmethod
+    def fit(
+        cls, key: tuple[str, str, str], coordinates: tuple[FloatArray, ...], seconds: FloatArray, device: Device, *,
+        max_cells: int = 6000, rng: np.random.Generator,
+    ) -> FittedLaw:  # fmt: skip
+        """Return the law and its correction for measured ``seconds`` at ``coordinates``."""
+        kind, dtype, variant = key
+        rows = np.arange(len(seconds))
+        if len(rows) > FIT_ROWS:
+            rows = rng.choice(rows, FIT_ROWS, replace=False)
+        weights = weigh(tuple(c[rows] for c in coordinates), seconds[rows], kind, dtype, device)
+        axes = thin(coordinates, max_cells)
+        grid = np.meshgrid(*axes, indexing="ij")
+        cells = tuple(part.ravel() for part in grid)
+        residual = np.log(seconds / law_seconds(weights, coordinates, kind, dtype, device))
+        local, distance = _nearby(coordinates, residual, cells)
+        law_grid = law_seconds(weights, cells, kind, dtype, device)
+        times = rising(np.log(law_grid * np.exp(local)).reshape(grid[0].shape))
+        correction = times - np.log(law_grid).reshape(times.shape)
+        return cls(
+            kind,
+            dtype,
+            variant,
+            device,
+            weights,
+            axes,
+            correction,
+            (distance < 0.01).reshape(times.shape),
+            len(seconds),
+        )
+
+    def bootstrap(
+        self, coordinates: tuple[FloatArray, ...], seconds: FloatArray, draws: int, rng: np.random.Generator
+    ) -> None:
+        """Fit the weights again on ``draws`` resamples of the points."""
+        rows = np.arange(len(seconds))
+        if len(rows) > FIT_ROWS // 4:
+            rows = rng.choice(rows, FIT_ROWS // 4, replace=False)
+        part = tuple(c[rows] for c in coordinates)
+        counts = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=draws).astype(float)
+        self.draws_ = np.array(
+            [
+                weigh(part, seconds[rows], self.kind, self.dtype, self.reference, count, self.weights_, rounds=3)
+                for count in counts
+            ]
+        )
+
+    def table(self, device: Device, dtype: str | None = None) -> TimeTable:
+        """Return the times on ``device`` (scaled by the law where it differs from the reference) as a grid."""
+        axes = [refine(axis) for axis in self.axes_]
+        cells = tuple(part.ravel() for part in np.meshgrid(*axes, indexing="ij"))
+        shape = tuple(len(axis) for axis in axes)
+        correction = self._correction_at(cells)
+        law = law_seconds(self.weights_, cells, self.kind, dtype or self.dtype, device)
+        return TimeTable(axes, (law * np.exp(correction)).reshape(shape))
+
+    def _correction_at(self, cells: tuple[FloatArray, ...]) -> FloatArray:
+        """Return the correction between and beyond the grid's knots, linear in log sizes."""
+        from scipy.interpolate import RegularGridInterpolator
+
+        varied = [i for i, axis in enumerate(self.axes_) if len(axis) > 1]
+        if not varied:
+            return np.full(len(cells[0]), self.correction_.ravel()[0])
+        axes = [np.log2(np.maximum(self.axes_[i], 0.25)) for i in varied]
+        squeezed = self.correction_.reshape([len(self.axes_[i]) for i in varied])
+        at = [np.log2(np.maximum(cells[i], 0.25)) for i in varied]
+        points = [np.clip(size, axis[0], axis[-1]) for size, axis in zip(at, axes, strict=True)]
+        return RegularGridInterpolator(axes, squeezed)(np.stack(points, axis=-1))
+
+    @cached_property
+    def _measured_tree(self) -> Any:
+        """Tree of the measured cells in log sizes."""
+        from scipy.spatial import cKDTree
+
+        cells = np.meshgrid(*self.axes_, indexing="ij")
+        found = logs(tuple(part[self.measured_] for part in cells))
+        return cKDTree(found) if len(found) else None
+
+    def tags(self, coordinates: tuple[FloatArray, ...]) -> list[Tag]:
+        """Return where each prediction comes from."""
+        if self._measured_tree is None:
+            return ["extrapolated"] * len(coordinates[0])
+        points = logs(coordinates)
+        inside = np.ones(len(points), bool)
+        for at, axis in zip(coordinates, self.axes_, strict=True):
+            inside &= (at >= axis[0] * (1 - 1e-6)) & (at <= axis[-1] * (1 + 1e-6))
+        distance = self._measured_tree.query(points, k=1, p=np.inf)[0]
+        best: Tag = "interpolated" if self.transferred_from else "measured"
+        return [
+            "extrapolated" if not ok or far > NEAR_OCTAVES else best if far < 0.02 else "interpolated"
+            for ok, far in zip(inside, distance, strict=True)
+        ]
+
+
+def _nearby(
+    coordinates: tuple[FloatArray, ...], residual: FloatArray, cells: tuple[FloatArray, ...]
+) -> tuple[FloatArray, FloatArray]:
+    """Return the residual of the nearest points at each cell, and the distance to the nearest one (octaves).
+
+    Inverse-distance weights; half a residual is left four octaves away, where only the law is known.
+    """
+    from scipy.spatial import cKDTree
+
+    tree = cKDTree(logs(coordinates))
+    near = min(NEIGHBOURS, len(residual))
+    distance, index = tree.query(logs(cells), k=near)
+    distance, index = distance.reshape(-1, near), index.reshape(-1, near)
+    weight = 1.0 / (distance + 0.05) ** 3
+    nothing = 1.0 / (4.0 + 0.05) ** 3
+    return (weight * residual[index]).sum(1) / (weight.sum(1) + nothing), distance[:, 0]

@@ -1,0 +1,317 @@
+"""``OpTimes``: op times learned from measurements, with their error; falls back to the data sheet and says so."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from longcat_sim.calibration.fitted import LEVELS, FittedLaw, law_parts
+from longcat_sim.calibration.laws import LAWS, Device
+from longcat_sim.calibration.roofline import Roofline
+from longcat_sim.calibration.splits import judge
+from longcat_sim.calibration.table import TimeTable
+from longcat_sim.calibration.transfer import transfer_spread
+from longcat_sim.errors import MeasurementError, SpecError, UnmeasuredOpError
+from longcat_sim.ops.op import KINDS, FloatArray, Op, OpArrays, OpTimesLike, ResourceShares, Tag, worst_tag
+from longcat_sim.records.measurement import Measurement
+from longcat_sim.specs.hardware import HardwareSpec
+
+MIN_POINTS = 5
+"""Fewest points of one kind, dtype and variant that a law can be fitted to."""
+CPU_CACHE_BYTES = 1e6
+"""Cache of a device whose profile names none (assumed: one core's L2)."""
+Key = tuple[str, str, str]
+
+
+def device_of(hardware: HardwareSpec, dtype: str) -> Device:
+    """Return the figures of a data sheet that laws of ``dtype`` need.
+
+    Raises:
+        SpecError: the data sheet has no peak for ``dtype``.
+    """
+    return Device(
+        hardware.peak_flop_per_s(dtype),
+        hardware.memory_bandwidth,
+        float(hardware.sm_count or 1),
+        hardware.l2 or CPU_CACHE_BYTES,
+    )
+
+
+@dataclass
+class _Answer:
+    """How one (kind, dtype, variant) is answered: a law on this hardware, and how far it is from what was measured."""
+
+    law: FittedLaw
+    table: TimeTable
+    device: Device
+    dtype: str
+    best: Tag
+    spread: float
+    """Standard deviation (log) added because the law was carried to other hardware, precision or variant."""
+
+
+@dataclass
+class OpTimes:
+    """Times of ops alone on one device. ``fit`` or ``from_hardware`` makes one; ``draw(i)`` is one bootstrap draw."""
+
+    hardware: HardwareSpec
+    laws_: dict[Key, FittedLaw]
+    collectives_: Any = None
+    """``CollectiveTimes`` of this hardware, or None: then links come from the data sheet."""
+    seed: int = 0
+    draws: int = 64
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._sheet = Roofline(self.hardware)
+        self._answers: dict[Key, _Answer | None] = {}
+        self._seconds: dict[Op, float] = {}
+
+    # -- learning ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def fit(
+        cls,
+        measurements: Iterable[Measurement],
+        hardware: HardwareSpec,
+        draws: int = 64,
+        seed: int = 0,
+        *,
+        max_cells: int = 24000,
+        held_out: bool = True,
+    ) -> OpTimes:
+        """Return op times fitted to measurements of ops alone; collectives and overlapped points are left to others.
+
+        With ``held_out`` the error on three splits is found too (``errors_``), and from it the intervals.
+
+        Raises:
+            MeasurementError: a kind has too few points (says how many it has and needs), or nothing can be fitted.
+        """
+        grouped: dict[Key, list[Measurement]] = defaultdict(list)
+        for row in measurements:
+            if row.alongside is None and row.op.kind in LAWS:
+                grouped[row.op.kind, row.op.dtype, row.op.variant].append(row)
+        faults = [
+            f"{' '.join(filter(None, key))}: expected at least {MIN_POINTS} points; got {len(rows)}; "
+            f"measure {MIN_POINTS - len(rows)} more sizes or leave the kind out"
+            for key, rows in grouped.items()
+            if len(rows) < MIN_POINTS
+        ]
+        if faults:
+            raise MeasurementError(faults)
+        if not grouped:
+            raise MeasurementError("expected measurements of ops alone; got none; measure some with `profile`")
+        laws = {}
+        for number, (key, rows) in enumerate(sorted(grouped.items())):
+            rng = np.random.default_rng([seed, number])
+            coordinates, seconds = points_of(key[0], rows)
+            device = device_of(hardware, key[1])
+            law = FittedLaw.fit(key, coordinates, seconds, device, max_cells=max_cells, rng=rng)
+            law.provenance = tuple(sorted({row.source for row in rows if row.source}))
+            if draws > 1:
+                law.bootstrap(coordinates, seconds, draws, rng)
+            if held_out:
+                judge(law, coordinates, seconds, rng=rng, max_cells=max_cells)
+            laws[key] = law
+        return cls(hardware, laws, seed=seed, draws=draws)
+
+    @classmethod
+    def from_hardware(cls, hardware: HardwareSpec, *, seed: int = 0) -> OpTimes:
+        """Return the op times that a profile's ``fit:`` section holds; what it lacks comes from the data sheet.
+
+        Raises:
+            MeasurementError: the section was written by another version.
+        """
+        from longcat_sim.calibration.fit_file import read_fit
+
+        laws, collectives, provenance, draws = read_fit(hardware)
+        return cls(hardware, laws, collectives, seed=seed, draws=draws, provenance=provenance)
+
+    def to_fit(self) -> dict[str, Any]:
+        """Return the ``fit:`` section of a hardware profile."""
+        from longcat_sim.calibration.fit_file import write_section
+
+        return write_section(self)
+
+    @property
+    def errors_(self) -> list[dict[str, Any]]:
+        """One row per law and split: kind, dtype, variant, split, mape, median, p90, count, coverage, half_width."""
+        return [
+            {"kind": law.kind, "dtype": law.dtype, "variant": law.variant, "split": split, **figures}
+            for law in self.laws_.values()
+            for split, figures in law.errors_.items()
+        ]
+
+    # -- answering -----------------------------------------------------------------------------------------------
+
+    def seconds(self, op: Op) -> float:
+        """Return the time of one op, alone on the device.
+
+        Raises:
+            UnmeasuredOpError: neither measured nor in the data sheet; says what is missing and what to do.
+        """
+        known = self._seconds.get(op)
+        if known is not None:
+            return known
+        if KINDS[op.kind].is_collective:
+            known = float(self._links().seconds(op))
+        else:
+            answer = self._answer((op.kind, op.dtype, op.variant))
+            if answer is None:
+                known = self._sheet_seconds(op)
+            else:
+                point = LAWS[op.kind].reduce(op.dims)
+                known = answer.table.one(point) if _is_work(op) else 0.0
+        if len(self._seconds) < 500_000:
+            self._seconds[op] = known
+        return known
+
+    def seconds_many(self, ops: OpArrays) -> FloatArray:
+        """Return the times of many ops of one kind [N].
+
+        Raises:
+            UnmeasuredOpError: as ``seconds``.
+        """
+        if KINDS[ops.kind].is_collective:
+            return np.asarray(self._links().seconds_many(ops), dtype=float)
+        answer = self._answer((ops.kind, ops.dtype, ops.variant))
+        if answer is None:
+            return self._sheet_many(ops)
+        points = _broadcast(LAWS[ops.kind].reduce(ops.dims), len(ops))
+        return np.where(_work(ops), answer.table.many(points), 0.0)
+
+    def demand(self, op: Op) -> ResourceShares:
+        """Return what the op uses of SMs, memory and links while it runs alone.
+
+        ``sm``: the law's compute time over the op's time; ``memory``: bytes at the law's attainable bandwidth over it.
+        """
+        if KINDS[op.kind].is_collective:
+            return self._links().demand(op)
+        answer = self._answer((op.kind, op.dtype, op.variant))
+        if answer is None:
+            return ResourceShares(host=1.0) if op.kind == "host" else self._sheet.demand(op)
+        point = tuple(np.array([c]) for c in LAWS[op.kind].reduce(op.dims))
+        fixed, compute, memory = law_parts(answer.law.weights_, point, op.kind, answer.dtype, answer.device)
+        total = float((fixed + np.maximum(compute, memory))[0])
+        if total <= 0 or not _is_work(op):
+            return ResourceShares()
+        if op.kind == "host":
+            return ResourceShares(host=1.0)
+        return ResourceShares(sm=min(1.0, float(compute[0]) / total), memory=min(1.0, float(memory[0]) / total))
+
+    def tag(self, op: Op) -> Tag:
+        """Return where the figure comes from."""
+        if KINDS[op.kind].is_collective:
+            return self._links().tag(op)
+        answer = self._answer((op.kind, op.dtype, op.variant))
+        if answer is None:
+            return "datasheet"
+        point = tuple(np.array([float(c)]) for c in LAWS[op.kind].reduce(op.dims))
+        return worst_tag([answer.best, answer.law.tags(point)[0]])
+
+    def interval(self, op: Op, level: float = 0.9) -> tuple[float, float]:
+        """Return the interval that holds the measured time with probability ``level``, by held-out residuals."""
+        answer = self._answer((op.kind, op.dtype, op.variant))
+        seconds = self.seconds(op)
+        if answer is None or not answer.law.residuals_:
+            return seconds, seconds
+        quantiles = answer.law.residuals_["extrapolated" if self.tag(op) == "extrapolated" else "interpolated"]
+        low, high = np.interp([(1 - level) / 2, (1 + level) / 2], LEVELS, quantiles)
+        from scipy.stats import norm
+
+        extra = float(norm.ppf((1 + level) / 2)) * answer.spread
+        return seconds * float(np.exp(low - extra)), seconds * float(np.exp(high + extra))
+
+    def draw(self, index: int) -> OpTimesLike:
+        """Return one bootstrap draw of the whole fit, itself an ``OpTimesLike``. Equal indices give equal draws."""
+        from longcat_sim.calibration.draws import Draw
+
+        return Draw(self, index)
+
+    def notes(self, ops: Sequence[Op] = ()) -> list[str]:
+        """Return what a reader must know: which kinds come from the data sheet or were carried over, and how far."""
+        lines = []
+        for kind, dtype, variant in sorted({(o.kind, o.dtype, o.variant) for o in ops if not o.is_collective}):
+            answer = self._answer((kind, dtype, variant))
+            name = " ".join(filter(None, (kind, dtype, variant)))
+            if answer is None:
+                lines.append(f"{name}: from the data sheet of {self.hardware.name}, not measured")
+            elif answer.spread > 0:
+                law = " ".join(filter(None, answer.law.key))
+                origin = f" of {answer.law.transferred_from}" if answer.law.transferred_from else ""
+                lines.append(
+                    f"{name}: carried over from {law}{origin}; interval widened by {answer.spread:.0%} "
+                    "(measured transfer error)"
+                )
+        return lines
+
+    def _links(self) -> Any:
+        return self.collectives_ if self.collectives_ is not None else self._sheet
+
+    def _answer(self, key: Key) -> _Answer | None:
+        """Return how ``key`` is answered, or None for the data sheet."""
+        if key not in self._answers:
+            self._answers[key] = self._find(key)
+        return self._answers[key]
+
+    def _find(self, key: Key) -> _Answer | None:
+        kind, dtype, variant = key
+        ranked = sorted(
+            (law for law in self.laws_.values() if law.kind == kind),
+            key=lambda law: (law.dtype != dtype, law.variant != variant, -law.count_),
+        )
+        if not ranked:
+            return None
+        law = ranked[0]
+        try:
+            device = device_of(self.hardware, dtype)
+            same = device_of(self.hardware, law.dtype)
+        except SpecError as error:
+            raise UnmeasuredOpError(
+                f"hardware {self.hardware.name}: {kind} in {dtype}: not measured, and {error}"
+            ) from None
+        spread = transfer_spread(law, same, dtype, variant)
+        carried = law.dtype != dtype or law.variant != variant
+        best: Tag = "extrapolated" if carried or spread > 0 else "interpolated" if law.transferred_from else "measured"
+        return _Answer(law, law.table(device, dtype), device, dtype, best, spread)
+
+    def _sheet_seconds(self, op: Op) -> float:
+        try:
+            return self._sheet.seconds(op)
+        except UnmeasuredOpError as error:
+            raise UnmeasuredOpError([*error.faults, self._has()]) from None
+
+    def _sheet_many(self, ops: OpArrays) -> FloatArray:
+        try:
+            return self._sheet.seconds_many(ops)
+        except UnmeasuredOpError as error:
+            raise UnmeasuredOpError([*error.faults, self._has()]) from None
+
+    def _has(self) -> str:
+        known = ", ".join(" ".join(filter(None, key)) for key in sorted(self.laws_)) or "nothing"
+        return f"hardware {self.hardware.name}: fit: measured are {known}; measure the missing kind with `profile`"
+
+
+def _work(ops: OpArrays) -> Any:
+    """Return which ops have anything to do; an empty op launches no kernel."""
+    return (ops.memory_bytes > 0) | (ops.kind == "host")
+
+
+def _is_work(op: Op) -> bool:
+    return op.kind == "host" or all(size > 0 for size in op.sizes) or op.memory_bytes > 0
+
+
+def _broadcast(parts: tuple[Any, ...], length: int) -> list[FloatArray]:
+    return [np.broadcast_to(np.asarray(part, dtype=float), (length,)) for part in parts]
+
+
+def points_of(kind: str, rows: Sequence[Measurement]) -> tuple[tuple[FloatArray, ...], FloatArray]:
+    """Return the coordinates and median seconds of measurements of one kind."""
+    names = KINDS[kind].dims
+    sizes = np.array([row.op.sizes for row in rows])
+    coordinates = LAWS[kind].reduce({name: sizes[:, i] for i, name in enumerate(names)})
+    return tuple(_broadcast(coordinates, len(rows))), np.array([row.median_s for row in rows])

@@ -1,0 +1,126 @@
+"""Held-out error of a law on three splits, and the residuals from which its intervals come.
+
+Splits: ``random`` (a fifth, five times over), ``largest`` (the 15 % of points with most work), ``dimension`` (one whole
+value of each coordinate). Intervals use the quantiles of held-out residuals (split conformal); their coverage is
+checked on points that neither the fit nor the quantiles saw.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from longcat_sim.calibration.fitted import LEVELS, FittedLaw, logs
+from longcat_sim.calibration.laws import LAWS
+from longcat_sim.ops.op import FloatArray
+
+FOLDS = 5
+LARGEST_SHARE = 0.15
+LEVEL = 0.9
+MIN_TRAIN = 4
+
+
+def judge(
+    law: FittedLaw,
+    coordinates: tuple[FloatArray, ...],
+    seconds: FloatArray,
+    *,
+    rng: np.random.Generator,
+    max_cells: int,
+) -> None:
+    """Fill in ``errors_``, ``residuals_`` and ``correlation_`` of a fitted law."""
+    device = law.reference
+
+    def residual(test: Any) -> FloatArray:
+        train = ~test
+        fitted = FittedLaw.fit(
+            law.key, tuple(c[train] for c in coordinates), seconds[train], device, max_cells=max_cells, rng=rng
+        )
+        predicted = fitted.table(device).many([c[test] for c in coordinates])
+        return np.log(seconds[test] / predicted)
+
+    fold = rng.permutation(len(seconds)) % FOLDS
+    inside = np.zeros(len(seconds))
+    for number in range(FOLDS):
+        inside[fold == number] = residual(fold == number)
+    law.correlation_ = neighbour_correlation(coordinates, inside)
+
+    outside: list[FloatArray] = []
+    errors = {"random": _figures(inside[fold == 0], _quantiles(inside[fold != 0]))}
+    largest, dimension = largest_split(law.kind, coordinates), dimension_splits(coordinates)
+    parts = {"largest": [largest] if largest is not None else [], "dimension": dimension}
+    found = {name: [residual(test) for test in tests if (~test).sum() >= MIN_TRAIN] for name, tests in parts.items()}
+    for name, pieces in found.items():
+        if pieces:
+            others = [piece for other, more in found.items() if other != name for piece in more]
+            known = np.concatenate(others) if others else inside
+            errors[name] = _figures(np.concatenate(pieces), _quantiles(known))
+            outside += pieces
+    law.errors_ = errors
+    law.residuals_ = {
+        "interpolated": _quantiles(inside),
+        "extrapolated": _quantiles(
+            np.concatenate([*outside, inside]) if len(outside) == 0 else np.concatenate(outside)
+        ),
+    }
+
+
+def largest_split(kind: str, coordinates: tuple[FloatArray, ...]) -> Any:
+    """Return a mask of the 15 % of points with the largest product of sizes, or None if sizes hardly vary."""
+    work = np.log(np.maximum(np.stack(coordinates), 1.0)).sum(0)
+    edge = np.quantile(work, 1 - LARGEST_SHARE)
+    mask = work > edge if (work > edge).any() else work >= edge
+    assert kind in LAWS
+    return mask if 0 < mask.sum() < len(mask) else None
+
+
+def dimension_splits(coordinates: tuple[FloatArray, ...]) -> list[Any]:
+    """Return one mask per coordinate with three or more values: all points with its middle value."""
+    masks = []
+    for at in coordinates:
+        values, counts = np.unique(at, return_counts=True)
+        if len(values) < 3:
+            continue
+        inner = values[1:-1]
+        # the middle value that holds enough points to say something
+        order = np.argsort(np.abs(np.arange(len(inner)) - (len(inner) - 1) / 2))
+        enough = [inner[i] for i in order if counts[i + 1] >= max(2, len(at) // (4 * len(values)))]
+        if enough:
+            masks.append(at == enough[0])
+    return masks
+
+
+def neighbour_correlation(coordinates: tuple[FloatArray, ...], residual: FloatArray) -> float:
+    """Return how alike the held-out residuals of nearest neighbours are, 0..1."""
+    from scipy.spatial import cKDTree
+
+    if len(residual) < 10:
+        return 0.0
+    rows = np.random.default_rng(0).permutation(len(residual))[:2000]
+    points = logs(tuple(c[rows] for c in coordinates))
+    index = cKDTree(points).query(points, k=2)[1][:, 1]
+    ranks = np.argsort(np.argsort(residual[rows])).astype(float)
+    return float(np.clip(np.corrcoef(ranks, ranks[index])[0, 1], 0.0, 1.0))
+
+
+def _quantiles(residual: FloatArray) -> FloatArray:
+    """Return the residuals' quantiles at ``LEVELS``, the tails widened for few points (conformal ranks)."""
+    count = len(residual)
+    ranked = np.sort(residual)
+    positions = np.arange(1, count + 1) / (count + 1)
+    return np.interp(LEVELS, positions, ranked)
+
+
+def _figures(residual: FloatArray, quantiles: FloatArray) -> dict[str, float]:
+    """Return the error of held-out points, and how many of them the interval made without them holds."""
+    error = np.abs(np.expm1(-residual))  # |predicted / measured - 1|
+    low, high = np.interp([(1 - LEVEL) / 2, (1 + LEVEL) / 2], LEVELS, quantiles)
+    return {
+        "mape": float(error.mean()),
+        "median": float(np.median(error)),
+        "p90": float(np.quantile(error, 0.9)),
+        "count": len(residual),
+        "coverage": float(((residual >= low) & (residual <= high)).mean()),
+        "half_width": float((np.exp(high) - np.exp(low)) / 2),
+    }

@@ -1,0 +1,136 @@
+"""``TimeTable``: times on a grid of sizes, read back by multilinear interpolation, never falling as a size grows.
+
+Linear in every size, because kernels are: a product of m, n and k is exactly multilinear, a logarithmic interpolation
+would bend it. Outside the grid the nearest edge is scaled by the law.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import pairwise, product
+
+import numpy as np
+
+from longcat_sim.ops.op import FloatArray
+
+LARGEST_STEP = 2.0
+"""Knots are at most this factor apart, so that a straight line between two stays close to the law's curve."""
+REACH = (1 / 16, 1 / 4, 4.0, 16.0)
+"""Knots beyond the measured range, as factors of its ends: there the law rules."""
+
+
+def thin(values: Sequence[FloatArray], max_cells: int) -> list[FloatArray]:
+    """Return the axes with knots dropped, closest (in log) first, until the grid has at most ``max_cells`` cells."""
+    axes = [np.unique(axis) for axis in values]
+    while np.prod([len(axis) for axis in axes]) > max_cells:
+        gaps = []
+        for index, axis in enumerate(axes):
+            if len(axis) > 4:
+                logs = np.log2(np.maximum(axis, 0.5))
+                spans = logs[2:] - logs[:-2]
+                at = int(np.argmin(spans))
+                gaps.append((spans[at], -len(axis), index, at + 1))
+        if not gaps:
+            break
+        _, _, index, at = min(gaps)
+        axes[index] = np.delete(axes[index], at)
+    return axes
+
+
+def refine(axis: FloatArray) -> FloatArray:
+    """Return the axis with knots between those more than ``LARGEST_STEP`` apart and beyond both ends."""
+    inner = [axis[0]]
+    for low, high in pairwise(axis.tolist()):
+        start = low if low > 0 else max(high / 64, min(1.0, high / 2))
+        if low <= 0:
+            inner.append(start)
+        pieces = int(np.ceil(np.log(high / start) / np.log(LARGEST_STEP) - 1e-9)) if high > start else 0
+        inner += [start * (high / start) ** (i / pieces) for i in range(1, pieces)]
+        inner.append(high)
+    below = [axis[0] * factor for factor in REACH if factor < 1 and axis[0] > 0]
+    above = [max(axis[-1], 1.0) * factor for factor in REACH if factor > 1]
+    return np.unique(np.array([*below, *inner, *above]))
+
+
+def rising(values: FloatArray) -> FloatArray:
+    """Return the least-squares rising fit (isotonic regression) of ``values`` along every axis in turn.
+
+    Isotonic regression along one axis keeps the order along the others, so one pass over the axes is enough.
+    """
+    from scipy.optimize import isotonic_regression
+
+    for axis in range(values.ndim):
+        moved = np.moveaxis(values, axis, -1)
+        falls = np.nonzero((np.diff(moved, axis=-1) < 0).any(axis=-1))
+        fitted = moved.copy()
+        for lane in zip(*falls, strict=True):
+            fitted[lane] = isotonic_regression(moved[lane]).x
+        values = np.moveaxis(fitted, -1, axis)
+    return values
+
+
+def raised(values: FloatArray) -> FloatArray:
+    """Return ``values`` lifted to their running maximum along every axis: rising whatever they were."""
+    for axis in range(values.ndim):
+        values = np.maximum.accumulate(values, axis=axis)
+    return values
+
+
+class TimeTable:
+    """Times on a rectilinear grid."""
+
+    def __init__(self, axes: Sequence[FloatArray], values: FloatArray) -> None:
+        self.axes = [np.ascontiguousarray(axis, dtype=float) for axis in axes]
+        self.values = raised(np.asarray(values, dtype=float))
+        self._flat = self.values.ravel()
+        self._strides = [int(np.prod(self.values.shape[i + 1 :])) for i in range(self.values.ndim)]
+        self._lists = [axis.tolist() for axis in self.axes]
+        self._fast: list[float] | None = None
+
+    def many(self, points: Sequence[FloatArray]) -> FloatArray:
+        """Return the times at ``points`` (one array per axis) [N]; sizes are clipped to the grid."""
+        base = np.zeros(len(points[0]), dtype=np.intp)
+        shares, steps = [], []
+        for axis, stride, at in zip(self.axes, self._strides, points, strict=True):
+            if len(axis) == 1:
+                continue
+            index = np.clip(np.searchsorted(axis, at, side="right") - 1, 0, len(axis) - 2)
+            low = axis[index]
+            shares.append(np.clip((at - low) / (axis[index + 1] - low), 0.0, 1.0))
+            steps.append(stride)
+            base += index * stride
+        total = np.zeros(len(base))
+        for corner in product((0, 1), repeat=len(steps)):
+            weight: FloatArray | float = 1.0
+            offset = 0
+            for bit, share, step in zip(corner, shares, steps, strict=True):
+                weight = weight * (share if bit else 1.0 - share)
+                offset += bit * step
+            total += weight * self._flat[base + offset]
+        return total
+
+    def one(self, point: Sequence[float]) -> float:
+        """Return the time at one point; the same as ``many``, without arrays."""
+        if self._fast is None:
+            self._fast = self._flat.tolist()
+        corners = [(0, 1.0)]
+        for axis, stride, at in zip(self._lists, self._strides, point, strict=True):
+            last = len(axis) - 2
+            if last < 0:
+                continue
+            index = min(max(bisect_right(axis, at) - 1, 0), last)
+            low = axis[index]
+            share = min(max((at - low) / (axis[index + 1] - low), 0.0), 1.0)
+            base = index * stride
+            if share == 0.0:
+                corners = [(offset + base, weight) for offset, weight in corners]
+            elif share == 1.0:
+                corners = [(offset + base + stride, weight) for offset, weight in corners]
+            else:
+                corners = [
+                    piece
+                    for offset, weight in corners
+                    for piece in ((offset + base, weight * (1.0 - share)), (offset + base + stride, weight * share))
+                ]
+        return sum(weight * self._fast[offset] for offset, weight in corners)

@@ -1,0 +1,35 @@
+"""How far a law may be off when it is carried to other hardware, another precision or another kernel variant."""
+
+from __future__ import annotations
+
+import math
+
+from longcat_sim.calibration.fitted import FittedLaw
+from longcat_sim.calibration.laws import Device
+
+TRANSFER_ERROR: dict[str, float] = {}
+"""Kind -> median |error| of predicting an unseen system from others (studies/validate/transfer)."""
+OTHER_TRANSFER_ERROR = 0.12
+PRECISION_ERROR = 0.25
+VARIANT_ERROR = 0.25
+NORMAL_FROM_MEDIAN = 1.4826
+"""Standard deviation of a normal distribution over its median absolute deviation."""
+
+
+def transfer_spread(law: FittedLaw, device: Device, dtype: str, variant: str) -> float:
+    """Return the standard deviation (log) to add to a law that answers for ``device``, ``dtype`` and ``variant``.
+
+    ``device`` is the target's data sheet at the law's own dtype. The error of a full change of generation (a factor
+    of two in a peak) is scaled down for smaller changes.
+    """
+    octaves = max(
+        abs(math.log2(device.peak / law.reference.peak)),
+        abs(math.log2(device.bandwidth / law.reference.bandwidth)),
+        abs(math.log2(device.sm_count / law.reference.sm_count)),
+    )
+    parts = [min(1.0, octaves) * TRANSFER_ERROR.get(law.kind, OTHER_TRANSFER_ERROR)]
+    if law.dtype != dtype:
+        parts.append(PRECISION_ERROR)
+    if law.variant != variant:
+        parts.append(VARIANT_ERROR)
+    return NORMAL_FROM_MEDIAN * math.hypot(*parts)

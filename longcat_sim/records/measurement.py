@@ -1,0 +1,242 @@
+"""``Measurement``: how long one op took on one machine; JSON Lines in and out, with the environment on the first line.
+
+A file holds one device. Its first line is ``{"schema": 1, "environment": {...}}``, every other line one measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from longcat_sim.errors import MeasurementError
+from longcat_sim.ops.op import KINDS, Op, op
+from longcat_sim.records.files import write_text
+
+SCHEMA = 1
+MAX_CORRUPT_SHARE = 0.05
+UNSTABLE_SPREAD = 0.25
+"""A point whose (p90 - p10) / median stays above this is marked unstable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """The machine that was measured, and with what."""
+
+    device: str
+    """Name of the device, such as ``NVIDIA H100 80GB HBM3`` or the CPU's model name."""
+    kind: str
+    """``cpu`` or ``cuda``; ``table`` when the figures were read from a published table."""
+    threads: int = 1
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    """Library -> version."""
+    clock_mhz: float | None = None
+    """SM or core clock while measuring, if it can be read."""
+    commit: str = ""
+    """Commit of this package, if it runs from a checkout."""
+    date: str = ""
+    source: str = ""
+    """Where a table comes from; empty for our own measurements."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """The time of one op alone, or beside another op that runs at the same time."""
+
+    op: Op
+    median_s: float
+    p10_s: float
+    p90_s: float
+    count: int
+    """Timed repetitions."""
+    suite: str = ""
+    stable: bool = True
+    """False when the spread stayed large after the point was measured again."""
+    alongside: Op | None = None
+    """The op that ran at the same time on another stream or lane; None: alone."""
+    overlapped: float = 1.0
+    """Share of the op's time during which ``alongside`` ran too."""
+    block_s: tuple[float, ...] = ()
+    """p10 of each block of repetitions: the machine's own drift between blocks."""
+    source: str = ""
+    """The table the figure comes from; empty for our own."""
+
+    def __post_init__(self) -> None:
+        """Refuse times that cannot be.
+
+        Raises:
+            ValueError: NaN, infinite, zero or negative times, or p10 > median > p90.
+        """
+        for name in ("p10_s", "median_s", "p90_s"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: expected a time above 0, such as 1.2e-5; got {value!r}; measure it again")
+        if not self.p10_s <= self.median_s <= self.p90_s:
+            raise ValueError(
+                f"expected p10_s <= median_s <= p90_s; got {self.p10_s:g}, {self.median_s:g}, {self.p90_s:g}; "
+                "measure the point again"
+            )
+        if self.count < 1:
+            raise ValueError(f"count: expected 1 or more; got {self.count}; measure the point again")
+
+    @property
+    def spread(self) -> float:
+        """(p90 - p10) / median."""
+        return (self.p90_s - self.p10_s) / self.median_s
+
+
+@dataclass(frozen=True)
+class Measurements(Sequence[Measurement]):
+    """The measurements of one file, and the lines that could not be read."""
+
+    environment: Environment
+    rows: tuple[Measurement, ...]
+    skipped: tuple[tuple[int, str], ...] = ()
+    """(line number, reason) of each line that was left out."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+
+def _op_to_json(item: Op) -> dict[str, Any]:
+    return {"kind": item.kind, "dtype": item.dtype, "variant": item.variant, "dims": item.dims}
+
+
+def _op_from_json(document: Mapping[str, Any]) -> Op:
+    if document["kind"] not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}; got {document['kind']!r}")
+    return op(document["kind"], dtype=document["dtype"], variant=document.get("variant", ""), **document["dims"])
+
+
+def to_json(measurement: Measurement) -> dict[str, Any]:
+    """Return one measurement as a JSON object, seconds in every key."""
+    document = {
+        **_op_to_json(measurement.op),
+        "median_s": measurement.median_s,
+        "p10_s": measurement.p10_s,
+        "p90_s": measurement.p90_s,
+        "count": measurement.count,
+        "spread": round(measurement.spread, 5),
+        "stable": measurement.stable,
+        "suite": measurement.suite,
+    }
+    if measurement.alongside is not None:
+        document["alongside"] = _op_to_json(measurement.alongside)
+        document["overlapped"] = measurement.overlapped
+    if measurement.block_s:
+        document["block_s"] = list(measurement.block_s)
+    if measurement.source:
+        document["source"] = measurement.source
+    return document
+
+
+def from_json(document: Mapping[str, Any]) -> Measurement:
+    """Return the measurement of a JSON object.
+
+    Raises:
+        ValueError: a key is missing, or a value cannot be.
+    """
+    try:
+        beside = document.get("alongside")
+        return Measurement(
+            op=_op_from_json(document),
+            median_s=document["median_s"],
+            p10_s=document["p10_s"],
+            p90_s=document["p90_s"],
+            count=document["count"],
+            suite=document.get("suite", ""),
+            stable=document.get("stable", True),
+            alongside=None if beside is None else _op_from_json(beside),
+            overlapped=document.get("overlapped", 1.0),
+            block_s=tuple(document.get("block_s", ())),
+            source=document.get("source", ""),
+        )
+    except KeyError as error:
+        raise ValueError(f"expected the key {error.args[0]!r}; it is missing") from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"expected a measurement; {error}") from None
+
+
+def save_measurements(path: str | Path, environment: Environment, measurements: Iterable[Measurement]) -> None:
+    """Write a measurement file; an interruption leaves the earlier file as it was."""
+    head = {"schema": SCHEMA, "environment": asdict(environment)}
+    lines = [json.dumps(document) for document in (head, *map(to_json, measurements))]
+    write_text(Path(path), "\n".join(lines) + "\n")
+
+
+def _environment(head: Any, name: str, line: int) -> Environment:
+    if head.get("schema") != SCHEMA:
+        raise MeasurementError(
+            f"{name}:{line}: schema: expected {SCHEMA}; got {head.get('schema')!r}; "
+            "measure again with this version's `profile`"
+        )
+    found = head["environment"]
+    known = {item.name for item in fields(Environment)}
+    if not isinstance(found, dict) or not {"device", "kind"} <= set(found):
+        raise MeasurementError(f"{name}:{line}: environment: expected device and kind; got {found!r}; measure again")
+    return Environment(**{key: value for key, value in found.items() if key in known})
+
+
+def load_measurements(path: str | Path) -> Measurements:
+    """Return the measurements of a file. Lines that cannot be read are left out and listed in ``skipped``.
+
+    Raises:
+        MeasurementError: no such file, nothing in it, another schema version, several devices, or more than
+            5 % of the lines cannot be read.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().decode("utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise MeasurementError(
+            f"{path}: expected a measurement file; got {error.strerror}; write one with `profile --out {path.name}`"
+        ) from None
+    environment: Environment | None = None
+    rows: list[Measurement] = []
+    skipped: list[tuple[int, str]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)
+            if not isinstance(document, dict):
+                raise ValueError(f"expected a JSON object; got {type(document).__name__}")
+            if "environment" in document:
+                found = _environment(document, path.name, number)
+                if environment and (found.device, found.kind) != (environment.device, environment.kind):
+                    raise MeasurementError(
+                        f"{path.name}:{number}: expected one device per file, {environment.device!r}; "
+                        f"got also {found.device!r}; split the file by device"
+                    )
+                environment = environment or found
+            else:
+                rows.append(from_json(document))
+        except json.JSONDecodeError as error:
+            skipped.append((number, f"not JSON: {error.msg}"))
+        except MeasurementError:
+            raise
+        except ValueError as error:
+            skipped.append((number, str(error)))
+    total = len(rows) + len(skipped)
+    if skipped and len(skipped) > MAX_CORRUPT_SHARE * total:
+        shown = [f"{path.name}:{number}: {reason}" for number, reason in skipped[:10]]
+        raise MeasurementError(
+            [
+                f"{path.name}: expected at most {MAX_CORRUPT_SHARE:.0%} unreadable lines; "
+                f"got {len(skipped)} of {total}; measure again",
+                *shown,
+            ]
+        )
+    if environment is None:
+        raise MeasurementError(
+            f"{path.name}:1: environment: expected it on the first line; it is missing; measure again with `profile`"
+        )
+    if not rows:
+        raise MeasurementError(f"{path.name}: expected measurements; got none; measure again with `profile`")
+    return Measurements(environment, tuple(rows), tuple(skipped))
