@@ -1,0 +1,194 @@
+"""Figures of a serving run, derived from its records: TTFT, TPOT, ITL, goodput, what price needs, intervals.
+
+Symbols of one request's life: arrival a, first token f, last token l, n tokens. TTFT = f - a, TPOT = (l - f)/(n - 1),
+E2E = l - a. ITL pools the gaps of all tokens. Requests that arrive during the warm-up are served, not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from longcat_sim.simulation.serving.request import GapHistogram
+    from longcat_sim.simulation.serving.simulate import ServingResult
+
+FloatArray = npt.NDArray[np.float64]
+Summary = dict[str, float] | None
+PERCENTILES = (50, 90, 95, 99)
+
+
+def summary(values: npt.NDArray[Any], scale: float = 1e-9) -> Summary:
+    """Return mean and percentiles of nanoseconds, in seconds; None if there are none."""
+    if not len(values):
+        return None
+    ranks = np.percentile(values, PERCENTILES)
+    return {"mean": float(values.mean()) * scale} | {
+        f"p{p}": float(v) * scale for p, v in zip(PERCENTILES, ranks, strict=True)
+    }
+
+
+def gap_summary(gaps: GapHistogram) -> Summary:
+    """Return mean and percentiles of the pooled gaps."""
+    mean = gaps.mean_s()
+    if mean is None:
+        return None
+    return {"mean": mean} | {f"p{p}": gaps.percentile_s(p) or 0.0 for p in PERCENTILES}
+
+
+def serving_metrics(result: ServingResult) -> dict[str, Any]:
+    """Return every figure of the ``serve:`` JSON document but prices; units in the keys."""
+    columns, serve = result.records, result.serve
+    warm_up = round(serve.workload.warm_up * 1e9)
+    arrival = columns.numpy("arrival")
+    counted = arrival >= warm_up
+    status = columns.numpy("status")
+    done = counted & (status == 1)
+    first, last = columns.numpy("first"), columns.numpy("last")
+    inputs, outputs, cached = columns.numpy("input"), columns.numpy("output"), columns.numpy("cached")
+    ttft = (first - arrival)[done]
+    e2e = (last - arrival)[done]
+    span = done & (outputs > 1)
+    tpot = (last - first)[span] / (outputs[span] - 1)
+    end = int(last[done].max()) if done.any() else (int(arrival.max()) if len(arrival) else 0)
+    begin = warm_up if warm_up else (int(arrival[0]) if len(arrival) else 0)
+    seconds = max(end - begin, 1) * 1e-9
+    input_sum, cached_sum = int(inputs[done].sum(dtype=np.int64)), int(cached[done].sum(dtype=np.int64))
+    output_sum = int(outputs[done].sum(dtype=np.int64))
+    prefix = cached_sum / input_sum if input_sum else 0.0
+    classes, goodput = _goodput(result, done, seconds)
+    session_s, tool_s = _sessions(result, done)
+    unstable, sustainable = stability(result)
+    steps = sum(pool.num_steps for pool in result.pools.values())
+    outside = sum(pool.outside_steps for pool in result.pools.values())
+    figures: dict[str, Any] = {
+        "requests": int(counted.sum()),
+        "completed": int(done.sum()),
+        "rejected": int((counted & (status == 2)).sum()),
+        "failed": int((counted & (status == 3)).sum()),
+        "retried": int((columns.numpy("retries")[counted] > 0).sum()),
+        "skipped_rows": result.skipped_rows,
+        "unstable": unstable,
+        "sustainable_requests_per_s": sustainable,
+        "extrapolated": outside > 0,
+        "extrapolated_step_ratio": outside / steps if steps else 0.0,
+        "duration_s": seconds,
+        "ttft_s": summary(ttft),
+        "tpot_s": summary(tpot),
+        "itl_s": gap_summary(result.gaps),
+        "e2e_s": summary(e2e),
+        "session_s": session_s,
+        "tool_call_s": tool_s,
+        "input_tokens_per_s": input_sum / seconds,
+        "output_tokens_per_s": output_sum / seconds,
+        "goodput_requests_per_s": goodput,
+        "slo": classes,
+        "prefix_hit_ratio": prefix,
+        "preemptions": result.preemptions,
+        "gpu_hours": sum(pool.gpu_hours for pool in result.pools.values()),
+        "gpu_hours_by_pool": {name: pool.gpu_hours for name, pool in result.pools.items()},
+        "busy_s_by_pool": {name: pool.busy_s for name, pool in result.pools.items()},
+        "idle_s_by_pool": {name: pool.idle_s for name, pool in result.pools.items()},
+        "uncached_input_tokens": input_sum - cached_sum,
+        "cached_input_tokens": cached_sum,
+        "output_tokens": output_sum,
+        "interpolation_error": result.interpolation_error,
+    }
+    return figures
+
+
+def _goodput(result: ServingResult, done: npt.NDArray[np.bool_], seconds: float) -> tuple[dict[str, Any], float]:
+    """Return attainment per class, and completed requests within their level per second."""
+    columns = result.records
+    arrival, first, last = (columns.numpy(name) for name in ("arrival", "first", "last"))
+    outputs, of_class = columns.numpy("output"), columns.numpy("slo_class")
+    classes = {}
+    good_sum = 0
+    for at, level in enumerate(result.serve.slo):
+        mine = done & (of_class == at)
+        good = mine.copy()
+        if level.ttft is not None:
+            good &= first - arrival <= level.ttft * 1e9
+        if level.tpot is not None:
+            good &= last - first <= level.tpot * 1e9 * np.maximum(outputs - 1, 0)
+        if level.e2e is not None:
+            good &= last - arrival <= level.e2e * 1e9
+        count, met = int(mine.sum()), int(good.sum())
+        good_sum += met
+        classes[level.name] = {
+            "completed": count,
+            "attained_ratio": met / count if count else None,
+            "goodput_requests_per_s": met / seconds,
+        }
+    return classes, good_sum / seconds
+
+
+def _sessions(result: ServingResult, done: npt.NDArray[np.bool_]) -> tuple[Summary, Summary]:
+    """Return first arrival to last token per session, and arrival to last token per tool call."""
+    columns = result.records
+    if not columns.has_sessions or result.serve.workload.sessions is None:
+        return None, None
+    arrival, last = columns.numpy("arrival"), columns.numpy("last")
+    session, tool = columns.numpy("session"), columns.numpy("tool")
+    count = int(session.max()) + 1 if len(session) else 0
+    begin = np.full(count, np.iinfo(np.int64).max)
+    end = np.full(count, -1)
+    np.minimum.at(begin, session[done], arrival[done])
+    np.maximum.at(end, session[done], last[done])
+    whole = end >= 0
+    calls = done & (tool == 1)
+    return summary((end - begin)[whole]), summary((last - arrival)[calls])
+
+
+def stability(result: ServingResult) -> tuple[bool, float | None]:
+    """Return whether the queue grew without bound while requests came, and the rate that could be kept up.
+
+    In the second half of the arrivals, the number waiting for admission must not grow by more than four standard
+    deviations of a Poisson count and 5 % of the half's arrivals. Closed loops cannot overload.
+    """
+    columns = result.records
+    arrivals = result.serve.workload.arrivals
+    scheduled = columns.numpy("scheduled")
+    arrival = np.sort(columns.numpy("arrival"))
+    if len(arrival) < 20 or (arrivals is not None and arrivals.process == "closed_loop"):
+        return False, None
+    end = int(arrival[-1])
+    middle = (int(arrival[0]) + end) // 2
+    started = np.sort(scheduled[scheduled >= 0])
+
+    def waiting(time: int) -> int:
+        return int(np.searchsorted(arrival, time, "right") - np.searchsorted(started, time, "right"))
+
+    rejected = int((columns.numpy("status") == 2).sum())
+    came = len(arrival) - int(np.searchsorted(arrival, middle, "right"))
+    growth = waiting(end) - waiting(middle) - rejected
+    last = columns.numpy("last")
+    left = int(((last > middle) & (last <= end)).sum())
+    if growth > max(0.05 * came, 4 * came**0.5):
+        return True, left / ((end - middle) * 1e-9)
+    return False, None
+
+
+def intervals(draws: Sequence[Mapping[str, Any]], relative_error: float = 0.0) -> dict[str, Any]:
+    """Return {p5, p95} of every figure over several runs (seeds, quantiles, draws of the fit).
+
+    ``relative_error`` (of the step-time interpolation) widens the interval of every time.
+    """
+    result: dict[str, Any] = {}
+    for name in draws[0]:
+        values = [draw[name] for draw in draws]
+        kept = [value for value in values if value is not None]
+        if not kept or isinstance(kept[0], bool):
+            continue
+        if isinstance(kept[0], Mapping):
+            inner = intervals(kept, relative_error if name.endswith("_s") else 0.0)
+            if inner:
+                result[name] = inner
+        elif isinstance(kept[0], int | float):
+            low, high = np.percentile(np.array(kept, dtype=float), [5, 95])
+            widen = relative_error if name in ("mean", "p50", "p90", "p95", "p99") else 0.0
+            result[name] = {"p5": float(low) * (1 - widen), "p95": float(high) * (1 + widen)}
+    return result

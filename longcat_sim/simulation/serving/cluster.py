@@ -1,0 +1,449 @@
+"""Replicas, router, KV links, faults and autoscaler on one SimPy clock of integer nanoseconds.
+
+What happens at one instant happens in this order: step ends by replica, faults, KV transfers by request, arrivals by
+number, the autoscaler, and last of all the decisions (``compose``) of the replicas. So an arrival at the very time of
+a boundary joins that boundary, whatever was put into the event queue first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import simpy
+
+from longcat_sim.records.span import Span
+from longcat_sim.simulation.serving import draws
+from longcat_sim.simulation.serving.drafts import Drafts
+from longcat_sim.simulation.serving.kv_cache import Tier
+from longcat_sim.simulation.serving.replica import DECODE, IDLE, Replica
+from longcat_sim.simulation.serving.request import COMPLETED, FAILED, REJECTED, Columns, GapHistogram, Request
+from longcat_sim.specs.serve import Autoscaler, Fault, KvTier, Scheduler, Serve
+
+STEP_END, FAULT, TRANSFER, ARRIVAL, SCALE, COMPOSE = (n << 40 for n in range(6))
+NS = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What one replica of a pool is: its step times and sizes."""
+
+    step_times: Any
+    """A ``StepTimes`` (or ``DetailedStepTimes``)."""
+    kv_blocks: int
+    """KV blocks of ``scheduler.block_tokens``; ``scheduler.num_kv_blocks`` overrides."""
+    num_gpus: int = 1
+    weight_load_s: float = 0.0
+    """From start to ready (cold start, autoscaler)."""
+    kv_bytes_per_token: float = 0.0
+    """Of the whole replica: sizes KV transfers and slower tiers."""
+    num_layers: int = 1
+
+
+@dataclass(frozen=True)
+class KvLink:
+    """The way from a prefill replica to a decode replica."""
+
+    bytes_per_s: float
+    latency_s: float = 0.0
+    layer_wise: bool = True
+
+
+@dataclass
+class PoolRun:
+    """One pool while it runs."""
+
+    name: str
+    engine: Engine
+    scheduler: Scheduler
+    tiers: tuple[KvTier, ...]
+    acceptance: tuple[float, ...]
+    seed: int
+    replicas: list[Replica] = field(default_factory=list)
+    live: list[Replica] = field(default_factory=list)
+    """Replicas that take new requests, by index."""
+    turn: int = 0
+
+    def __post_init__(self) -> None:
+        self.step_times = self.engine.step_times
+        self.kv_blocks = self.scheduler.num_kv_blocks or self.engine.kv_blocks
+        self.is_prefill = self.name == "prefill"
+
+    def make_tiers(self) -> list[Tier]:
+        """Return empty slower tiers for one replica."""
+        block_bytes = self.engine.kv_bytes_per_token * self.scheduler.block_tokens
+        return [
+            Tier(t.name, int(t.capacity / block_bytes), block_bytes / t.bandwidth * 1e9, round(t.latency * NS))
+            for t in self.tiers
+        ]
+
+    def make_drafts(self) -> Drafts | None:
+        """Return the speculative part of one replica."""
+        return Drafts(self.acceptance, self.seed) if self.acceptance and not self.is_prefill else None
+
+
+class Cluster:
+    """Everything on one clock. ``run`` serves the requests of a source to the end."""
+
+    def __init__(
+        self, serve: Serve, engines: dict[str, Engine], link: KvLink | None, acceptance: tuple[float, ...], seed: int,
+        source: Any, columns: Columns, step_by_step: bool, debug: bool, window_ns: tuple[int, int] | None,
+    ) -> None:  # fmt: skip
+        self.env = simpy.Environment(initial_time=0)
+        self.serve = serve
+        self.link = link
+        self.source = source
+        self.columns = columns
+        self.is_step_by_step = step_by_step
+        self.debug = debug
+        self.gaps = GapHistogram()
+        self.spans: list[Span] | None = None if window_ns is None else []
+        self.window_ns = window_ns or (0, 0)
+        self.num_preemptions = 0
+        self.num_drafted_steps = 0
+        self.in_flight = 0
+        self.link_slowdown = 1.0
+        self.transfers = 0
+        self.router = serve.router
+        self.max_queue = serve.max_queue
+        self.max_model_len = serve.scheduler.max_model_len or 1 << 62
+        self.pools: dict[str, PoolRun] = {}
+        self.link_free: dict[Replica, int] = {}
+        sizes = {"shared": serve.num_shared_replicas}
+        if serve.prefill and serve.decode:
+            sizes = {"prefill": serve.prefill.replicas, "decode": serve.decode.replicas}
+        for name, size in sizes.items():
+            tiers = serve.kv_tiers if name != "decode" else ()
+            pool = PoolRun(name, engines[name], serve.scheduler, tiers, acceptance, seed)
+            for index in range(size):
+                order = sum(len(p.replicas) for p in self.pools.values()) + index
+                pool.replicas.append(Replica(self, pool, index, order))
+            self.pools[name] = pool
+        self.replicas = [replica for pool in self.pools.values() for replica in pool.replicas]
+        self.entry = self.pools.get("shared") or self.pools["prefill"]
+        self.held: list[Request] = []
+        """Requests that wait for any replica to come up."""
+        self.remote_held: list[Request] = []
+        self.requests: Iterator[Request] = iter(())
+
+    # -- the clock ------------------------------------------------------------------------------------------------
+    def at(self, time: int, priority: int, callback: Callable[[Any], None]) -> None:
+        """Call back at ``time``; ``priority`` orders what happens at one instant."""
+        event = simpy.Event(self.env)
+        event._ok = True
+        event._value = None
+        event.callbacks.append(callback)  # type: ignore[union-attr]
+        self.env.schedule(event, priority, time - self.env._now)  # type: ignore[arg-type]
+
+    def end_of_step(self, replica: Replica, time: int) -> None:
+        """Call the replica back when the step (or run of steps) it has just started ends, unless it is replanned."""
+        version = replica.version
+
+        def end(_: Any) -> None:
+            if replica.version == version:
+                replica.on_step_end(self.env._now)  # type: ignore[arg-type]
+
+        self.at(time, STEP_END + replica.order, end)
+
+    def compose_soon(self, replica: Replica) -> None:
+        """Let the replica decide after everything else of this instant: at once, if nothing else is due."""
+        now: int = self.env._now  # type: ignore[assignment]
+        queue = self.env._queue
+        if not queue or queue[0][0] > now:
+            replica.compose(now)
+            if self.debug:
+                replica.check()
+            return
+        replica.is_composing = True
+
+        def compose(_: Any) -> None:
+            replica.is_composing = False
+            if replica.phase == IDLE and replica.is_up:
+                replica.compose(now)
+                if self.debug:
+                    replica.check()
+
+        self.at(now, COMPOSE + replica.order, compose)
+
+    def run(self) -> None:
+        """Serve all requests."""
+        serve = self.serve
+        scaler = serve.autoscaler
+        first = serve.replicas if not serve.is_disaggregated else 1 << 30
+        if scaler:
+            first = min(max(first, scaler.min_replicas), scaler.max_replicas)
+        for replica in self.replicas:
+            replica.is_up = False
+            if replica.index < first:
+                self._start(replica, serve.cold_start)
+        for fault in serve.faults:
+            self.at(round(fault.at * NS), FAULT, lambda _, fault=fault: self._on_fault(fault))
+        self.requests = iter(self.source)
+        self._next_arrival()
+        if scaler:
+            self._schedule_scaling(scaler)
+        self.env.run()
+        now: int = self.env._now  # type: ignore[assignment]
+        for request in [*self.held, *self.remote_held]:
+            self._close(request, FAILED, "no replica came up again")
+        self.held, self.remote_held = [], []
+        self.end = now
+        for replica in self.replicas:
+            if replica.is_up:
+                replica.up_ns += now - replica.up_since
+        assert self.in_flight == 0, f"{self.in_flight} requests are lost: a fault of ours"
+
+    # -- arrivals -------------------------------------------------------------------------------------------------
+    def _next_arrival(self) -> None:
+        request = next(self.requests, None)
+        if request is not None:
+            self.at(request.arrival, ARRIVAL + max(request.session, 0), lambda _: self._on_arrival(request, True))
+
+    def _on_arrival(self, request: Request, is_from_stream: bool) -> None:
+        if is_from_stream:
+            self._next_arrival()
+        columns = self.columns
+        request.id = len(columns)
+        columns.open(request)
+        self.in_flight += 1
+        reason = self._never_fits(request)
+        if reason:
+            self._close(request, REJECTED, reason)
+            return
+        self._dispatch(request)
+
+    def _never_fits(self, request: Request) -> str:
+        """Return why a request can never be served, or nothing."""
+        total = request.input + request.output
+        if total > self.max_model_len:
+            return f"input + output exceed max_model_len: {request.input} + {request.output} > {self.max_model_len}"
+        for pool in self.pools.values():
+            replica = pool.replicas[0]
+            size = replica.block_tokens
+            slots = total - 1 + replica.reserve if not pool.is_prefill else request.input
+            slots += (replica.tokens_per_sequence - 1) + (replica.multi_step - 1) if not pool.is_prefill else 0
+            need = -(-slots // size)
+            if need > pool.kv_blocks - replica.watermark:
+                have = pool.kv_blocks - replica.watermark
+                return f"needs {need} KV blocks of {size} tokens; a {pool.name} replica has {have}"
+            if not replica.is_chunked and request.prompt > replica.budget:
+                return f"prompt of {request.prompt} tokens exceeds max_num_batched_tokens without chunked prefill"
+        return ""
+
+    def _dispatch(self, request: Request) -> None:
+        live = self.entry.live
+        if not live:
+            self.held.append(request)
+            return
+        replica = live[0] if len(live) == 1 else self._route(self.entry, request)
+        if self.max_queue is not None and len(replica.waiting) >= self.max_queue:
+            self._close(request, REJECTED, f"the queue of replica {replica.index} is full ({self.max_queue})")
+            return
+        self.columns.replica[request.id] = replica.index
+        replica.enqueue(request, self.env._now)  # type: ignore[arg-type]
+
+    def _route(self, pool: PoolRun, request: Request) -> Replica:
+        """Choose a live replica; ties go to the lowest index.
+
+        ``least_loaded``: fewest 4 x waiting + running, as vLLM's data-parallel coordinator counts.
+        ``prefix_aware``: fewest tokens to prefill there (its queue and what the cache does not hold of this prompt)
+        plus tokens of the active prompts, the cost of NVIDIA Dynamo's KV router with weight 1.
+        """
+        live = pool.live
+        if self.router == "round_robin":
+            pool.turn += 1
+            return live[(pool.turn - 1) % len(live)]
+        if self.router == "prefix_aware" and pool is self.entry and request.chain:
+            now: int = self.env._now  # type: ignore[assignment]
+            costs = [r.queued_tokens + r.active_tokens - r.hit_tokens(request, now) for r in live]
+        else:
+            costs = [4 * len(r.waiting) + r.batch + len(r.prefilling) for r in live]
+        return live[costs.index(min(costs))]
+
+    # -- what replicas report -------------------------------------------------------------------------------------
+    def on_finished(self, replica: Replica, request: Request, now: int) -> None:
+        """Record a completed request and send what its answer causes."""
+        if replica.pool.name == "decode":
+            self.columns.decode_replica[request.id] = replica.index
+        self._close(request, COMPLETED)
+
+    def _close(self, request: Request, status: int, reason: str = "") -> None:
+        self.columns.close(request, status, reason)
+        self.in_flight -= 1
+        if self.columns.has_sessions:
+            now: int = self.env._now  # type: ignore[assignment]
+            follow = self.source.follow_up(request, now, status == COMPLETED)
+            if follow is not None:
+                self.at(follow.arrival, ARRIVAL + follow.session, lambda _: self._on_arrival(follow, False))
+
+    def on_prefilled(self, replica: Replica, request: Request, now: int) -> None:
+        """Send the KV of a prefilled request to the decode pool.
+
+        Transfers of one prefill replica take turns. Layer by layer they start with the prefill's last step and end
+        one layer's share after it at the earliest; otherwise they start when it ends.
+        """
+        assert self.link is not None
+        size = request.prompt * replica.pool.engine.kv_bytes_per_token
+        factor = self.link_slowdown / self.link.bytes_per_s * 1e9
+        free = self.link_free.get(replica, 0)
+        if self.link.layer_wise:
+            begin = max(free, replica.started)
+            tail = round(size / replica.pool.engine.num_layers * factor)
+            end = max(begin + round(size * factor), now + tail)
+        else:
+            end = max(free, now) + round(size * factor)
+        self.link_free[replica] = end
+        self.transfers += 1
+        retries = request.retries
+
+        def arrived(_: Any) -> None:
+            if request.retries == retries and request in replica.loading:
+                time: int = self.env._now  # type: ignore[assignment]
+                replica.on_sent(request, time)
+                request.reset()
+                request.prompt = request.input + request.generated - 1
+                request.is_remote = True
+                self._dispatch_remote(request, time)
+
+        self.at(end + round(self.link.latency_s * NS), TRANSFER + request.id, arrived)
+
+    def _dispatch_remote(self, request: Request, now: int) -> None:
+        pool = self.pools["decode"]
+        if not pool.live:
+            self.remote_held.append(request)
+            return
+        replica = pool.live[0] if len(pool.live) == 1 else self._route(pool, request)
+        self.columns.decode_replica[request.id] = replica.index
+        replica.enqueue(request, now)
+
+    def load(self, replica: Replica, request: Request, where: list[tuple[Tier, int]], now: int) -> None:
+        """Bring blocks back from slower tiers; the transfers of a tier take turns."""
+        end = now
+        for tier, blocks in where:
+            tier.free_at = max(tier.free_at, now) + round(blocks * tier.ns_per_block)
+            tier.loaded_blocks += blocks
+            end = max(end, tier.free_at + tier.latency_ns)
+        retries = request.retries
+
+        def loaded(_: Any) -> None:
+            if request.retries == retries:
+                replica.on_loaded(request, self.env._now)  # type: ignore[arg-type]
+
+        self.at(end, TRANSFER + request.id, loaded)
+
+    def log_span(self, replica: Replica, name: str, start: int, end: int, batch: int, tokens: int) -> None:
+        """Keep a run of steps for the Chrome trace."""
+        if end > self.window_ns[0] and start < self.window_ns[1]:
+            assert self.spans is not None
+            label = f"{name} batch {batch}" + (f" prefill {tokens}" if tokens else "")
+            self.spans.append(Span(label, replica.pool.name, start * 1e-9, end * 1e-9, rank=replica.order, tag=name))
+
+    # -- up and down ----------------------------------------------------------------------------------------------
+    def _start(self, replica: Replica, is_cold: bool) -> None:
+        now: int = self.env._now  # type: ignore[assignment]
+        replica.is_up = True
+        replica.is_draining = False
+        replica.up_since = now
+        delay = round(replica.pool.engine.weight_load_s * NS) if is_cold else 0
+        version = replica.version
+
+        def ready(_: Any) -> None:
+            if replica.is_up and not replica.is_draining and replica.version == version:
+                live = replica.pool.live
+                live.append(replica)
+                live.sort(key=lambda r: r.index)
+                self._release_held(replica.pool)
+
+        if delay:
+            self.at(now + delay, FAULT + 1 + replica.order, ready)
+        else:
+            ready(None)
+
+    def _release_held(self, pool: PoolRun) -> None:
+        now: int = self.env._now  # type: ignore[assignment]
+        if pool is self.entry:
+            held, self.held = self.held, []
+            for request in held:
+                self._dispatch(request)
+        if pool.name == "decode":
+            held, self.remote_held = self.remote_held, []
+            for request in held:
+                self._dispatch_remote(request, now)
+
+    def _stop(self, replica: Replica) -> None:
+        now: int = self.env._now  # type: ignore[assignment]
+        replica.up_ns += now - replica.up_since
+        replica.is_up = False
+        if replica in replica.pool.live:
+            replica.pool.live.remove(replica)
+
+    def on_drained(self, replica: Replica, now: int) -> None:
+        """Stop a drained replica."""
+        if replica.is_up:
+            self._stop(replica)
+            replica.version += 1
+
+    def _on_fault(self, fault: Fault) -> None:
+        now: int = self.env._now  # type: ignore[assignment]
+        end = None if fault.duration is None else now + round(fault.duration * NS)
+        if fault.kind == "link_degradation":
+            self.link_slowdown *= fault.slowdown
+            if end is not None:
+                self.at(end, FAULT, lambda _: setattr(self, "link_slowdown", self.link_slowdown / fault.slowdown))
+            return
+        replica = self.pools[fault.pool].replicas[fault.replica]
+        if fault.kind == "slow_rank":
+            self._slow(replica, replica.slowdown * fault.slowdown)
+            if end is not None:
+                self.at(end, FAULT, lambda _: self._slow(replica, replica.slowdown / fault.slowdown))
+            return
+        if not replica.is_up:
+            return
+        lost = replica.lose(now)
+        self._stop(replica)
+        self.link_free.pop(replica, None)
+        for request in lost:
+            if fault.in_flight == "fail":
+                self._close(request, FAILED, f"{fault.pool} replica {fault.replica} was lost")
+            else:
+                request.restart()
+                self._dispatch(request)
+        if end is not None:
+            self.at(end, FAULT, lambda _: None if replica.is_up else self._start(replica, True))
+
+    def _slow(self, replica: Replica, slowdown: float) -> None:
+        """Change the speed of the steps that start from now on."""
+        replica.slowdown = slowdown
+        now: int = self.env._now  # type: ignore[assignment]
+        if replica.phase == DECODE:
+            replica.poke(now)
+
+    def _schedule_scaling(self, scaler: Autoscaler) -> None:
+        def tick(_: Any) -> None:
+            if not self.in_flight and not self.env._queue:
+                return
+            pool = self.entry
+            up = [r for r in pool.replicas if r.is_up and not r.is_draining]
+            waiting = sum(len(r.waiting) for r in pool.live) + len(self.held)
+            running = sum(r.num_running for r in pool.live)
+            if waiting > scaler.scale_up_queue * max(1, len(up)) and len(up) < scaler.max_replicas:
+                idle = next((r for r in pool.replicas if not r.is_up), None)
+                if idle is not None:
+                    self._start(idle, True)
+            elif len(pool.live) == len(up) > scaler.min_replicas and waiting == 0:
+                if running < scaler.scale_down_load * len(up) * self.serve.scheduler.max_num_seqs:
+                    last = up[-1]
+                    last.is_draining = True
+                    pool.live.remove(last)
+                    if last.phase == IDLE and not last.is_composing and not last.waiting and not last.loading:
+                        self.on_drained(last, self.env._now)  # type: ignore[arg-type]
+            self._schedule_scaling(scaler)
+
+        now: int = self.env._now  # type: ignore[assignment]
+        self.at(now + round(scaler.interval * NS), SCALE, tick)
+
+
+def request_seed(seed: int) -> int:
+    """Return the seed of the engine's own draws (draft acceptance), apart from the traffic's."""
+    return draws.key(seed, draws.ACCEPT) >> 1

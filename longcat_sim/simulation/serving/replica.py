@@ -1,0 +1,665 @@
+"""One replica: continuous batching as vLLM v1 does it, advanced from one change of batch composition to the next.
+
+A *boundary* is the end of a step. What can change the batch is decided only there: ``compose`` picks the next step
+(a mixed one when something is to be prefilled) or a run of decode steps up to the next known change. A run is cut
+short at the first boundary at or after whatever comes from outside (``poke``). With ``step_by_step`` every step is an
+event of its own and every sequence is counted on its own: the oracle of the fast path.
+
+Source of the scheduling rules: vLLM v1 ``Scheduler.schedule``: running requests first, then waiting ones in order
+while token budget, ``max_num_seqs`` and KV blocks last; the head of the queue blocks the others. A prompt is admitted
+when all of its blocks fit (vLLM's ``scheduler_reserve_full_isl``) and they are taken at once.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import deque
+from heapq import heappop, heappush
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from longcat_sim.simulation.serving.drafts import Drafts
+from longcat_sim.simulation.serving.kv_cache import KvCache, Run
+from longcat_sim.simulation.serving.request import NEVER, Request
+
+if TYPE_CHECKING:
+    from longcat_sim.simulation.serving.cluster import Cluster, PoolRun
+
+IDLE, DECODE, MIXED = 0, 1, 2
+BLOCKED = -1
+
+
+class Replica:
+    """State of one engine. ``batch`` sequences decode; their contexts sum to ``total_context``."""
+
+    def __init__(self, cluster: Cluster, pool: PoolRun, index: int, order: int) -> None:
+        scheduler = pool.scheduler
+        self.cluster = cluster
+        self.pool = pool
+        self.index = index
+        self.order = order
+        self.times: Any = pool.step_times
+        self.cache = KvCache(pool.kv_blocks, pool.make_tiers())
+        self.is_step_by_step = cluster.is_step_by_step
+        self.is_detailed = pool.step_times.is_detailed
+        self.is_priority = scheduler.policy == "priority"
+        self.has_prefix_cache = scheduler.prefix_cache
+        self.block_tokens = scheduler.block_tokens
+        self.max_num_seqs = scheduler.max_num_seqs
+        self.budget = scheduler.max_num_batched_tokens
+        self.is_chunked = scheduler.chunked_prefill
+        self.chunk_limit = scheduler.long_prefill_token_threshold or self.budget
+        self.multi_step = scheduler.multi_step
+        self.drafts: Drafts | None = pool.make_drafts()
+        per_step = 1 + (self.drafts.num_tokens if self.drafts else 0)
+        self.tokens_per_sequence = per_step
+        # slots reserved beyond what n steps can emit, (d + 1) n: together up to (2 d + 1) n with d drafts.
+        # Source: LongCat-Flash report, section 6.2.1: R_i = 4n - sum of accepted, in [2n, 3n] for d = 1
+        self.reserve = (per_step - 1) * self.multi_step
+        self.watermark = int(scheduler.watermark * pool.kv_blocks)
+        # queue and batch
+        self.waiting: Any = [] if self.is_priority else deque()
+        self.queued_tokens = 0
+        self.active_tokens = 0
+        self.prefilling: list[Request] = []
+        self.running: dict[Request, None] = {}
+        self.finishing: list[tuple[int, int, Request]] = []
+        self.loading: dict[Request, int] = {}
+        """Requests whose blocks come from a slower tier, or are on their way to a decode replica; blocks held."""
+        self.loading_blocks = 0
+        self.resumed: list[int] = []
+        self.batch = 0
+        self.total_context = 0
+        self.step = 0
+        self.prefill_blocks = 0
+        # the step or run of steps that is under way
+        self.phase = IDLE
+        self.version = 0
+        self.is_composing = False
+        self.is_blocked = False
+        self.started = 0
+        self.planned = 0
+        self.offsets: Any = ()
+        self.steps: Any = ()
+        self.chunks: list[tuple[Request, int]] = []
+        # life
+        self.is_up = True
+        self.is_draining = False
+        self.up_since = 0
+        self.up_ns = 0
+        self.busy_ns = 0
+        self.slowdown = 1.0
+        self.prefilled_tokens = 0
+        self.num_steps = 0
+        self.outside_steps = 0
+        self.peak_blocks = 0
+
+    # -- what routers ask -----------------------------------------------------------------------------------------
+    @property
+    def num_running(self) -> int:
+        """Sequences in the batch at the last boundary."""
+        return self.batch + len(self.prefilling)
+
+    def hit_tokens(self, request: Request, now: int) -> int:
+        """Return how much of a prompt is cached as of the last boundary."""
+        if not self.has_prefix_cache:
+            return 0
+        self.settle(now)
+        return self.cache.hit_blocks(request.chain) * self.block_tokens
+
+    # -- arrivals -------------------------------------------------------------------------------------------------
+    def enqueue(self, request: Request, now: int, at_head: bool = False) -> None:
+        """Put a request into the queue; it joins at the first boundary at or after ``now``."""
+        if self.is_priority:
+            heappush(self.waiting, (request.priority, request.arrival, request.id, request))
+        elif at_head:
+            self.waiting.appendleft(request)
+        else:
+            self.waiting.append(request)
+        self.queued_tokens += request.prompt
+        if at_head or self.is_priority or (not self.is_blocked and self.num_running < self.max_num_seqs):
+            self.poke(now)
+
+    def poke(self, now: int) -> None:
+        """Let the scheduler run at the first boundary at or after ``now``."""
+        if self.phase == DECODE:
+            offsets = self.offsets
+            since = now - self.started
+            if type(offsets) is list:
+                at = bisect_left(offsets, since)
+            else:
+                at = int(offsets.searchsorted(since))
+            at += 1
+            if self.multi_step > 1:
+                at += -at % self.multi_step
+            if at < self.planned:
+                self.planned = at
+                self.version += 1
+                self.cluster.end_of_step(self, self.started + int(offsets[at - 1]))
+        elif self.phase == IDLE and self.is_up and not self.is_composing:
+            self.cluster.compose_soon(self)
+
+    # -- boundaries -----------------------------------------------------------------------------------------------
+    def on_step_end(self, now: int) -> None:
+        """Account for what has just been computed, then compose (after whatever else happens at this instant)."""
+        if self.phase == MIXED:
+            self._end_mixed(now)
+        else:
+            self._advance(self.planned)
+        self.phase = IDLE
+        self.cluster.compose_soon(self)
+
+    def compose(self, now: int) -> None:
+        """Decide what the next step or run of steps computes, and start it."""
+        self.is_blocked = False
+        if self.batch:
+            self._make_room(now)
+        chunks: list[tuple[Request, int]] = []
+        if self.prefilling or self.waiting:
+            self._fill(now, chunks)
+        if chunks:
+            self._start_mixed(now, chunks)
+        elif self.batch:
+            self._start_decode(now)
+        elif self.is_draining and not self.waiting and not self.loading:
+            self.cluster.on_drained(self, now)
+
+    # -- KV blocks ------------------------------------------------------------------------------------------------
+    def _decode_blocks_bound(self, steps: int) -> int:
+        """Return at least the blocks that the decoding sequences hold ``steps`` steps from now, in O(1)."""
+        batch = self.batch
+        slots = self.reserve + steps * self.tokens_per_sequence + self.block_tokens - 1
+        return (self.total_context - batch + batch * slots) // self.block_tokens
+
+    def _decode_blocks(self, steps: int) -> int:
+        """Return the blocks that the decoding sequences hold ``steps`` steps from now, sequence by sequence."""
+        size = self.block_tokens
+        add = self.reserve + size - 1
+        at = self.step + steps
+        total = 0
+        for request in self.running:
+            if request.done_at != NEVER:
+                total += (self._context_at(request, at) - 1 + add) // size
+        return total
+
+    def _context_at(self, request: Request, step: int) -> int:
+        """Return the tokens in KV after ``step`` steps of this replica, the next one included."""
+        cumulative = request.cumulative
+        if cumulative is None:
+            return request.context + step - request.start_step
+        return request.context + int(cumulative[min(step - request.start_step, len(cumulative) - 1)])
+
+    def _others(self) -> int:
+        """Return blocks held besides the decoding sequences' (prefill, loads), shared runs counted once."""
+        return self.prefill_blocks + self.loading_blocks - self.cache.shared + self.cache.pinned_blocks
+
+    def _fits(self, need: int, steps: int, keep: int = 0) -> bool:
+        """Whether ``need`` blocks more than the running ones after ``steps`` steps are free or could be evicted."""
+        room = self.cache.capacity - keep - self._others() - need
+        return self._decode_blocks_bound(steps) <= room or self._decode_blocks(steps) <= room
+
+    def _evict(self, need: int, steps: int) -> None:
+        """Evict what stands in the way of ``need`` blocks more than the running ones after ``steps`` steps."""
+        cache = self.cache
+        if cache.lru_blocks:
+            room = cache.capacity - self._others() - need - cache.lru_blocks
+            if self._decode_blocks_bound(steps) > room:
+                over = self._decode_blocks(steps) - room
+                if over > 0:
+                    cache.evict(over)
+
+    def settle(self, now: int) -> None:
+        """Evict what the decode steps up to the last boundary at or before ``now`` have displaced."""
+        if self.phase == DECODE and self.cache.lru_blocks:
+            window = self.multi_step
+            self._evict(0, min((self.steps_done(now) // window + 1) * window, self.planned))
+
+    def steps_done(self, now: int) -> int:
+        """Return the steps of the current run that have ended by ``now``."""
+        if self.phase != DECODE:
+            return 0
+        since = now - self.started
+        if type(self.offsets) is list:
+            return min(bisect_right(self.offsets, since), self.planned)
+        return min(int(self.offsets.searchsorted(since, side="right")), self.planned)
+
+    def _make_room(self, now: int) -> None:
+        """Give every decoding sequence the blocks of the next step; preempt the last ones where there are none."""
+        while self.batch and not self._fits(0, self.multi_step):
+            self._preempt(self._victim(), now)
+        self._evict(0, self.multi_step)
+
+    def _victim(self) -> Request:
+        if self.is_priority:
+            return max(self.running, key=lambda r: (r.priority, r.arrival, r.id))
+        return next(reversed(self.running))
+
+    def _preempt(self, request: Request, now: int) -> None:
+        """Throw a running request back to the head of the queue; its tokens will be computed again."""
+        if request.done_at != NEVER:
+            request.last = now
+        self._leave(request)
+        request.preemptions += 1
+        self.cluster.num_preemptions += 1
+        request.reset()
+        self.queued_tokens += request.prompt
+        if self.is_priority:
+            heappush(self.waiting, (request.priority, request.arrival, request.id, request))
+        else:
+            self.waiting.appendleft(request)
+
+    def _leave(self, request: Request) -> None:
+        """Take a running request out of the batch and give its blocks back."""
+        del self.running[request]
+        if request.done_at != NEVER:
+            context = self._context_at(request, self.step)
+            if request.cumulative is not None and self.drafts:
+                self.drafts.remove(self.step, request.cumulative, self.step - request.start_step)
+                steps = self.step - request.start_step
+                self.cluster.num_drafted_steps += steps
+                self.cluster.gaps.zero += context - request.context - steps
+            self.total_context -= context
+            self.batch -= 1
+            request.generated += context - request.context
+            request.done_at = NEVER
+        else:
+            self.prefilling.remove(request)
+            self.prefill_blocks -= self._prompt_blocks(request)
+        self.active_tokens -= request.prompt
+        self.cache.unpin(request.pins)
+        request.pins = []
+
+    def _prompt_blocks(self, request: Request) -> int:
+        return (request.prompt + self.reserve + self.block_tokens - 1) // self.block_tokens
+
+    # -- admission ------------------------------------------------------------------------------------------------
+    def _fill(self, now: int, chunks: list[tuple[Request, int]]) -> None:
+        """Pick prefill chunks: requests under way first, then waiting ones while budget, slots and blocks last."""
+        budget = self.budget - self.batch * self.tokens_per_sequence
+        limit = self.chunk_limit
+        for request in self.prefilling:
+            tokens = min(request.prompt - request.computed, budget, limit)
+            if tokens <= 0:
+                return
+            budget -= tokens
+            chunks.append((request, tokens))
+        waiting = self.waiting
+        while waiting and budget > 0 and self.batch + len(self.prefilling) < self.max_num_seqs:
+            request = waiting[0][3] if self.is_priority else waiting[0]
+            tokens = self._admit(request, now, budget)
+            if tokens == BLOCKED:
+                self.is_blocked = True
+                return
+            if tokens:
+                budget -= tokens
+                chunks.append((request, tokens))
+
+    def _admit(self, request: Request, now: int, budget: int) -> int:
+        """Try to admit the head of the queue: tokens of its first chunk; 0: nothing to compute now; or ``BLOCKED``."""
+        total = self._prompt_blocks(request)
+        cache = self.cache
+        if request.is_remote:
+            if not self._fits(total, self.multi_step, self.watermark):
+                return BLOCKED
+            self._evict(total, self.multi_step)
+            self._pop(request, now)
+            self.active_tokens += request.prompt
+            self.running[request] = None
+            self._join(request)
+            self.resumed.append(request.last)
+            return 0
+        size = self.block_tokens
+        loaded = request.load_done - request.hit_done
+        used: list[tuple[Run, int]] = []
+        from_lru = 0
+        if loaded > 0:
+            hit = request.load_done
+        elif self.has_prefix_cache and request.chain:
+            limit = (request.prompt - 1) // size
+            hit, used, from_lru = cache.match(request.chain, limit)
+            if cache.tiers and hit < limit:
+                more, where = cache.tier_blocks(request.chain, hit, limit)
+                if more and self._fits(more + from_lru, self.multi_step, self.watermark):
+                    cache.pin(used)
+                    self._evict(more, self.multi_step)
+                    self._pop(request, now)
+                    request.pins, request.hit_done, request.load_done = used, hit, hit + more
+                    self.loading[request] = more
+                    self.loading_blocks += more
+                    self.cluster.load(self, request, where, now)
+                    return 0
+        else:
+            hit = 0
+        tokens = request.prompt - hit * size
+        if tokens > budget or tokens > self.chunk_limit:
+            if not self.is_chunked:
+                return BLOCKED
+            tokens = min(budget, self.chunk_limit)
+        if not self._fits(total - hit + from_lru, self.multi_step, self.watermark):
+            return BLOCKED
+        if loaded > 0:
+            self.loading_blocks -= loaded
+        else:
+            cache.pin(used)
+            request.pins = used
+            request.hit_done = hit
+        self._pop(request, now)
+        self.active_tokens += request.prompt
+        request.computed = hit * size
+        if request.cached == NEVER:
+            request.cached = request.computed
+        self.prefill_blocks += total
+        self.prefilling.append(request)
+        self.running[request] = None
+        self._evict(0, self.multi_step)
+        return tokens
+
+    def on_loaded(self, request: Request, now: int) -> None:
+        """Queue a request again whose blocks have come back from a slower tier; they stay held."""
+        if self.loading.pop(request, 0):
+            self.enqueue(request, now, at_head=True)
+
+    def on_sent(self, request: Request, now: int) -> None:
+        """Give back the blocks of a request whose KV has reached its decode replica."""
+        self.loading_blocks -= self.loading.pop(request, 0)
+        self.cache.unpin(request.pins)
+        request.pins = []
+        self.poke(now)
+
+    def _pop(self, request: Request, now: int) -> None:
+        """Take the head out of the queue."""
+        if self.is_priority:
+            heappop(self.waiting)
+        else:
+            self.waiting.popleft()
+        self.queued_tokens -= request.prompt
+        if request.scheduled == NEVER:
+            request.scheduled = now
+
+    def _join(self, request: Request) -> None:
+        """Let a prefilled request decode from the next step on."""
+        context = request.prompt + 1
+        request.context = context
+        request.start_step = self.step
+        left = request.output - request.generated
+        if self.drafts is None:
+            request.done_at = self.step + left
+        else:
+            request.cumulative = self.drafts.cumulative(request.id, request.generated, left)
+            request.done_at = self.step + len(request.cumulative) - 1
+            self.drafts.add(self.step, request.cumulative)
+        self.batch += 1
+        self.total_context += context
+        heappush(self.finishing, (request.done_at, request.id, request))
+
+    # -- mixed steps ----------------------------------------------------------------------------------------------
+    def _start_mixed(self, now: int, chunks: list[tuple[Request, int]]) -> None:
+        tokens = pairs = 0
+        for request, count in chunks:
+            before = request.computed
+            pairs += count * before + (count * (count + 1) >> 1)
+            tokens += count
+        if self.is_detailed:
+            duration = self.times.step_ns(self._contexts(), [(count, r.computed) for r, count in chunks])
+        else:
+            duration = self.times.mixed_ns(self.batch, self.total_context, tokens, pairs)
+            if self.times.is_outside(self.batch, self.total_context, tokens):
+                self.outside_steps += 1
+        if self.slowdown != 1.0:
+            duration = round(duration * self.slowdown)
+        for request, count in chunks:
+            request.computed += count
+            if self.has_prefix_cache and request.chain:
+                self._insert(request)
+        self.prefilled_tokens += tokens
+        self.chunks = chunks
+        self.phase = MIXED
+        self.started = now
+        self.planned = 1
+        self.version += 1
+        self.steps = [duration]
+        self.offsets = [duration]
+        self._count_stalls(now)
+        self.cluster.end_of_step(self, now + duration)
+
+    def _count_stalls(self, now: int) -> None:
+        """Lengthen the next gap of sequences that come from elsewhere by the time they stood still."""
+        for last in self.resumed:
+            first = int(self.steps[0])
+            self.cluster.gaps.add(first, -1)
+            self.cluster.gaps.add(first + now - last)
+        self.resumed.clear()
+
+    def _contexts(self) -> list[int]:
+        """Return the context of every decoding sequence."""
+        return [self._context_at(r, self.step) for r in self.running if r.done_at != NEVER]
+
+    def _insert(self, request: Request) -> None:
+        """Cache the runs of the chain that the scheduled chunks have completed."""
+        done = request.computed // self.block_tokens
+        chain = request.chain
+        at, position, hit = request.inserted, request.position, request.hit_done
+        while at < len(chain):
+            key, blocks = chain[at]
+            if position + blocks > done:
+                break
+            if position + blocks > hit:
+                self.cache.insert(key, blocks, request.pins)
+            position += blocks
+            at += 1
+        request.inserted, request.position = at, position
+
+    def _end_mixed(self, now: int) -> None:
+        duration = self.steps[0]
+        self.busy_ns += duration
+        self.num_steps += 1
+        cluster = self.cluster
+        batch = self.batch
+        if batch:
+            cluster.gaps.add(duration, batch)
+            self._grow(1)
+        if cluster.spans is not None:
+            cluster.log_span(self, "mixed", self.started, now, batch, sum(count for _, count in self.chunks))
+        joining = []
+        for request, _ in self.chunks:
+            if request.computed < request.prompt:
+                continue
+            joining.append(request)
+            self.prefilling.remove(request)
+            self.prefill_blocks -= self._prompt_blocks(request)
+        if batch:
+            self._finish(now)
+        for request in joining:
+            request.generated += 1
+            if request.first == NEVER:
+                request.first = now
+            else:
+                cluster.gaps.add(now - request.last)
+            request.last = now
+            if request.generated >= request.output:
+                self._close(request, now, request.prompt)
+            elif self.pool.is_prefill:
+                del self.running[request]
+                self.active_tokens -= request.prompt
+                self.loading[request] = blocks = self._prompt_blocks(request)
+                self.loading_blocks += blocks
+                cluster.on_prefilled(self, request, now)
+            else:
+                self._join(request)
+        self.chunks = []
+
+    # -- decode runs ----------------------------------------------------------------------------------------------
+    def _start_decode(self, now: int) -> None:
+        """Run decode steps until a sequence ends, or KV blocks do, or someone pokes."""
+        finishing = self.finishing
+        while finishing[0][2].done_at != finishing[0][0] or finishing[0][2] not in self.running:
+            heappop(finishing)
+        steps = finishing[0][0] - self.step
+        window = self.multi_step
+        if window > 1:
+            steps += -steps % window
+        if self.is_step_by_step or self.is_detailed:
+            steps = window
+        elif self._decode_blocks_bound(steps) + self._others() > self.cache.capacity:
+            steps = self._steps_that_fit(steps)
+        batch = self.batch
+        if self.is_detailed:
+            times = [self.times.step_ns(self._contexts(), ())]
+        elif self.is_step_by_step:
+            times = self._times_one_by_one(steps)
+        elif self.drafts is not None:
+            times = self.times.decode_many_ns(batch, self.drafts.contexts(self.step, self.total_context, steps))
+        else:
+            times = self.times.decode_run_ns(batch, self.total_context, steps)
+        if self.slowdown != 1.0:
+            times = [round(int(t) * self.slowdown) for t in times]
+        if type(times) is list:
+            self.offsets = list(accumulate(times))
+            end = self.offsets[-1]
+        else:
+            self.offsets = np.cumsum(times)
+            end = int(self.offsets[-1])
+        self.steps = times
+        self.phase = DECODE
+        self.started = now
+        self.planned = steps
+        self.version += 1
+        if self.resumed:
+            self._count_stalls(now)
+        self.cluster.end_of_step(self, now + end)
+
+    def _steps_that_fit(self, most: int) -> int:
+        """Return the largest number of steps, ``multi_step`` at least, for which blocks last."""
+        room = self.cache.capacity - self._others()
+        window = self.multi_step
+        low, high = 1, most // window
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._decode_blocks(middle * window) <= room:
+                low = middle
+            else:
+                high = middle - 1
+        return low * window
+
+    def _times_one_by_one(self, steps: int) -> list[int]:
+        """Return step times from the sequences themselves, not from the running sums (the oracle)."""
+        times = []
+        for ahead in range(steps):
+            total = sum(self._context_at(r, self.step + ahead) for r in self.running if r.done_at != NEVER)
+            times.append(self.times.decode_ns(self.batch, total))
+        return times
+
+    def _grow(self, steps: int) -> None:
+        """Move the sums on by ``steps`` decode steps."""
+        if self.drafts is None:
+            self.total_context += self.batch * steps
+        else:
+            self.total_context += self.drafts.grown(self.step, steps)
+        self.step += steps
+
+    def _advance(self, steps: int) -> None:
+        """Account for ``steps`` finished decode steps."""
+        if self.cache.lru_blocks:
+            self._evict(0, steps)
+        times = self.steps
+        if type(times) is not list:
+            times = times[:steps].tolist()
+        elif steps < len(times):
+            times = times[:steps]
+        cluster = self.cluster
+        batch = self.batch
+        duration = int(self.offsets[steps - 1])
+        self.busy_ns += duration
+        self.num_steps += steps
+        window = self.multi_step
+        if window == 1:
+            cluster.gaps.add_many(times, batch)
+        else:  # the host hears of the tokens of one decision together
+            cluster.gaps.add_many([sum(times[at : at + window]) for at in range(0, steps, window)], batch)
+            cluster.gaps.zero += batch * (steps - steps // window)
+        if not self.is_detailed and self.times.is_outside(batch, self.total_context + batch * steps, 0):
+            self.outside_steps += steps
+        if cluster.spans is not None:
+            cluster.log_span(self, "decode", self.started, self.started + duration, batch, 0)
+        self._grow(steps)
+        if self.finishing[0][0] <= self.step:
+            self._finish(self.started + duration)
+
+    def _finish(self, now: int) -> None:
+        """Close the sequences whose last token has come."""
+        finishing = self.finishing
+        step = self.step
+        while finishing and finishing[0][0] <= step:
+            done_at, _, request = heappop(finishing)
+            if request.done_at != done_at or request not in self.running:
+                continue
+            self.total_context -= self._context_at(request, step)
+            self.batch -= 1
+            emitted = request.output - request.generated
+            steps = done_at - request.start_step
+            if self.drafts:
+                self.cluster.num_drafted_steps += steps
+            # drafts bring tokens at no gap; steps of a decision past the last token bring none
+            self.cluster.gaps.zero += emitted - steps - (step - done_at)
+            request.generated = request.output
+            request.last = now
+            request.done_at = NEVER
+            self._close(request, now, request.prompt + emitted)
+
+    def _close(self, request: Request, time: int, in_kv: int) -> None:
+        """Let a finished request go: cache its session's run, give its blocks back, write its record."""
+        del self.running[request]
+        self.active_tokens -= request.prompt
+        if self.has_prefix_cache and request.session != NEVER and request.chain:
+            self._extend_session(request, in_kv)
+        self.cache.unpin(request.pins)
+        request.pins = []
+        self.cluster.on_finished(self, request, time)
+
+    def _extend_session(self, request: Request, in_kv: int) -> None:
+        """Cache what the session's next turn will find: its last run, answer included."""
+        position = sum(blocks for _, blocks in request.chain[:-1])
+        blocks = in_kv // self.block_tokens - position
+        if blocks > 0:
+            self.cache.insert(request.chain[-1][0], blocks, request.pins)
+
+    # -- loss -----------------------------------------------------------------------------------------------------
+    def lose(self, now: int) -> list[Request]:
+        """Stop at once: return everything that was here, with the tokens of completed steps counted."""
+        done = self.steps_done(now)
+        boundary = now
+        if self.phase != IDLE:
+            boundary = self.started + (int(self.offsets[done - 1]) if done else 0)
+            self.busy_ns += now - boundary
+        if self.phase == DECODE and done:
+            self._advance(done)
+        self.version += 1
+        self.phase = IDLE
+        self.chunks = []
+        self.resumed.clear()
+        waiting = [item[3] for item in self.waiting] if self.is_priority else list(self.waiting)
+        for request in list(self.running):
+            if request.done_at != NEVER and self.step > request.start_step:
+                request.last = boundary
+        lost = [*self.running, *self.loading, *waiting]
+        for request in list(self.running):
+            self._leave(request)
+        for request in lost:
+            request.pins = []
+        self.waiting.clear()
+        self.loading.clear()
+        self.finishing.clear()
+        self.queued_tokens = self.active_tokens = self.loading_blocks = 0
+        self.cache.clear()
+        return lost
+
+    def check(self) -> None:
+        """Assert what must hold at a boundary: every sum equals what the sequences say."""
+        decoding = [r for r in self.running if r.done_at != NEVER]
+        assert len(decoding) == self.batch and len(self.running) == self.num_running
+        assert sum(self._context_at(r, self.step) for r in decoding) == self.total_context
+        assert sum(self._prompt_blocks(r) for r in self.prefilling) == self.prefill_blocks
+        assert sum(take for r in self.running for _, take in r.pins) == self.cache.shared
+        self.cache.check(self._decode_blocks(0) + self.prefill_blocks + self.loading_blocks)
