@@ -6,7 +6,11 @@ reports count). ``fleet``: every GPU-hour of the fleet is paid, idle ones includ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from longcat_sim.errors import CapacityError
+from longcat_sim.specs.price import HOURS_PER_MONTH
 
 SECONDS_PER_HOUR = 3600.0
 MILLION = 1e6
@@ -18,7 +22,7 @@ def usd_per_million_tokens(
     """Return USD per million tokens of GPUs that make ``tokens_per_s_per_gpu`` during ``utilisation`` of paid time.
 
     Raises:
-        ValueError: a price, rate or utilisation that is not positive.
+        CapacityError: a price, rate or utilisation that is not positive.
     """
     for name, value in (
         ("usd_per_gpu_hour", usd_per_gpu_hour),
@@ -26,13 +30,8 @@ def usd_per_million_tokens(
         ("utilisation", utilisation),
     ):
         if not value > 0:
-            raise ValueError(f"{name}: expected more than 0, such as 2.0; got {value!r}")
+            raise CapacityError(f"{name}: expected more than 0, such as 2.0; got {value!r}; mend it")
     return usd_per_gpu_hour / SECONDS_PER_HOUR / (tokens_per_s_per_gpu * utilisation) * MILLION
-
-
-def power_usd_per_gpu_hour(all_in_watts: float, usd_per_kwh: float, pue: float = 1.0) -> float:
-    """Return what an hour of a GPU's power costs, cooling and losses by ``pue``."""
-    return all_in_watts / 1000.0 * pue * usd_per_kwh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +99,75 @@ class Bill:
         """The whole bill over the output tokens, as a provider that bills output alone would count."""
         return self.total_usd / self.output_tokens * MILLION if self.output_tokens else None
 
+    @property
+    def lines_usd(self) -> dict[str, float]:
+        """The bill by what was done; the lines add up to ``total_usd``."""
+        return {
+            "input": self.input_usd, "cached_input": self.cached_input_usd, "output": self.output_usd,
+            "idle": self.idle_usd,
+        }  # fmt: skip
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the paid time that was spent on tokens."""
+        return 1 - self.idle_usd / self.total_usd if self.total_usd else 0.0
+
+    def by_gpu_hour(self, gpu_hour_usd: Mapping[str, float]) -> dict[str, float]:
+        """Return the bill by what an hour is paid for (rent, power, amortisation, network, ..); it adds up too."""
+        whole = sum(gpu_hour_usd.values())
+        return {name: self.total_usd * usd / whole for name, usd in gpu_hour_usd.items()}
+
+    def at_utilisation(self, utilisation: float) -> Bill:
+        """Return the bill of the same work on a fleet whose paid time is used to ``utilisation``.
+
+        Raises:
+            CapacityError: a utilisation outside (0, 1].
+        """
+        if not 0 < utilisation <= 1:
+            raise CapacityError(f"utilisation: expected a share in (0, 1], such as 0.6; got {utilisation!r}; mend it")
+        busy_usd = self.total_usd - self.idle_usd
+        gpu_hours = busy_usd / self.usd_per_gpu_hour / utilisation
+        return replace(self, gpu_hours=gpu_hours, idle_usd=gpu_hours * self.usd_per_gpu_hour - busy_usd)
+
+    def request_usd(self, input_tokens: float, output_tokens: float, cached_tokens: float = 0.0) -> float:
+        """Return what one request costs at the bill's prices per token; ``input_tokens`` includes the cached ones.
+
+        Raises:
+            CapacityError: tokens of a class that the bill has no price for, or more cached than input.
+        """
+        if not 0 <= cached_tokens <= input_tokens:
+            raise CapacityError(
+                f"cached_tokens: expected 0..input_tokens ({input_tokens:g}); got {cached_tokens:g}; mend it"
+            )
+        total = 0.0
+        for name, count, price in (
+            ("input", input_tokens - cached_tokens, self.usd_per_million_input_tokens),
+            ("cached input", cached_tokens, self.usd_per_million_cached_input_tokens),
+            ("output", output_tokens, self.usd_per_million_output_tokens),
+        ):
+            if count and price is None:
+                raise CapacityError(f"{name} tokens: expected none, for the bill has none to price; got {count:g}")
+            total += count * (price or 0.0) / MILLION
+        return total
+
+    def session_usd(self, turns: Sequence[tuple[float, float, float]]) -> float:
+        """Return what a session costs: its turns as (input, output, cached tokens)."""
+        return sum(self.request_usd(*turn) for turn in turns)
+
+
+def month_usd(num_gpus: float, usd_per_gpu_hour: float) -> float:
+    """Return what a fleet costs that is paid every hour of a month (730.5 h)."""
+    return num_gpus * usd_per_gpu_hour * HOURS_PER_MONTH
+
 
 def bill(pools: list[Work], usd_per_gpu_hour: float) -> Bill:
     """Return the bill of a fleet of pools.
 
     Raises:
-        ValueError: a price that is not positive.
+        CapacityError: a price that is not positive.
     """
     if not usd_per_gpu_hour > 0:
-        raise ValueError(f"usd_per_gpu_hour: expected more than 0, such as 2.0; got {usd_per_gpu_hour!r}")
+        raise CapacityError(f"usd_per_gpu_hour: expected more than 0, such as 2.0; got {usd_per_gpu_hour!r}; mend it")
     rate = usd_per_gpu_hour / SECONDS_PER_HOUR
     paid = sum(pool.paid_gpu_s for pool in pools)
     computed = sum(pool.input_gpu_s for pool in pools)

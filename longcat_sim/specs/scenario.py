@@ -13,38 +13,44 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from longcat_sim.errors import SpecError
-from longcat_sim.specs.base import FlopPerSecond, Part, Ratio
+from longcat_sim.specs.base import Count, FlopPerSecond, Part, Seconds
 from longcat_sim.specs.deployment import DecodeStep, Deployment, PrefillStep, Routing, Speculative
 from longcat_sim.specs.hardware import HardwareSpec, load_hardware
 from longcat_sim.specs.loading import Lines, read_yaml, unknown_name, validate
 from longcat_sim.specs.model import ModelSpec, model_spec
+from longcat_sim.specs.price import Price
 from longcat_sim.specs.serve import Serve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+Positive = Annotated[float, Field(gt=0)]
 PRESETS = Path(__file__).resolve().parents[1] / "presets" / "scenarios"
 
 
-class Price(Part):
-    """What a GPU-hour costs."""
-
-    usd_per_gpu_hour: float | None = Field(default=None, gt=0)
-    """The hardware profile's price where not given."""
-    utilisation: Ratio = 1.0
-    """Share of paid GPU time that serves tokens at the simulated rate."""
-    usd_per_kwh: float | None = Field(default=None, ge=0)
-    pue: float = Field(default=1.0, ge=1)
-
-
 class Search(Part):
-    """What a capacity search may change and what it wants."""
+    """What a capacity search may change and what it wants. An empty list leaves the scenario's value."""
 
     hardware: tuple[str, ...] = ()
     max_gpus: int = Field(default=512, ge=1)
-    ep_size: tuple[int, ...] = ()
-    sequences_per_gpu: tuple[float, ...] = ()
+    """Of the whole fleet where there is traffic, else of one replica."""
+    num_gpus: tuple[Count, ...] = ()
+    """Of one replica; empty: the ep_size (or the tp_size, without experts) where that list is given."""
+    ep_size: tuple[Count, ...] = ()
+    tp_size: tuple[Count, ...] = ()
+    dense_tp_size: tuple[Count, ...] = ()
     overlap: tuple[str, ...] = ()
+    sequences_per_gpu: tuple[Positive, ...] = ()
+    """Two values are the ends of a range; more are the values themselves."""
+    tpot: Seconds | None = None
+    """Service level where there is no ``serve.slo``: seconds per output token of one user, at most."""
+    ttft: Seconds | None = None
+    probability: float = Field(default=0.5, gt=0, lt=1)
+    """Chance with which the winner must meet the service level, over calibration, routing and model error."""
+    spare_replicas: int = Field(default=0, ge=0)
+    """Replicas of each pool beyond what the traffic needs (1: N+1)."""
+    survivors: Count = 50
+    """Screened candidates that are simulated."""
     objective: Literal["usd_per_million_output_tokens", "tokens_per_s_per_user", "ttft_s", "num_gpus"] = (
         "usd_per_million_output_tokens"
     )
@@ -140,18 +146,15 @@ class Scenario:
 
     @property
     def usd_per_gpu_hour(self) -> float:
-        """The price, from the scenario or from the hardware profile.
+        """The price, from the scenario or from the hardware profile; of owned GPUs, all that an hour costs.
 
         Raises:
             SpecError: neither has one.
         """
-        price = self.price.usd_per_gpu_hour or self.hardware.price
-        if price is None:
-            raise SpecError(
-                f"{self.where}: price.usd_per_gpu_hour: expected a price, such as 2.0; neither the scenario nor "
-                f"hardware {self.hardware.name} has one; add it"
-            )
-        return price
+        try:
+            return sum(self.price.gpu_hour_usd(self.hardware).values())
+        except SpecError as error:
+            raise SpecError([f"{self.where}: {fault}" for fault in error.faults]) from None
 
     def digest(self) -> str:
         """Return a hash of everything that decides the result."""
