@@ -1,0 +1,118 @@
+"""Scenarios: packaged ones load, what-if changes one figure, every fault of a file is told at once with its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longcat_sim.errors import SpecError
+from longcat_sim.specs.hardware import load_hardware
+from longcat_sim.specs.scenario import parse_changes, scenario
+
+GOOD = """\
+model: longcat-flash
+hardware: h800-sxm
+deployment: {num_gpus: 128, ep_size: 128, dense_tp_size: 4, overlap: sbo}
+speculative: {draft_tokens: 1, acceptance: [0.8]}
+step: {phase: decode, sequences_per_gpu: 96, context_tokens: 5000}
+price: {usd_per_gpu_hour: 2.0}
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def make(text: str) -> Path:
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return path
+
+    return make
+
+
+def test_a_scenario_reads_its_sections(write) -> None:
+    made = scenario(write(GOOD))
+    assert made.model.num_layers == 28
+    assert made.hardware.memory_bandwidth == 3.352e12
+    assert made.speculative.tokens_per_step == pytest.approx(1.8)
+    assert made.usd_per_gpu_hour == 2.0
+
+
+def test_what_if_changes_one_figure_and_nothing_else(write) -> None:
+    before = scenario(write(GOOD))
+    after = before.what_if({"hardware.scale_out.bandwidth": "100 GB/s", "deployment.overlap": "none"})
+    assert after.hardware.scale_out.bandwidth == 100e9
+    assert after.hardware.scale_out.latency == before.hardware.scale_out.latency
+    assert after.hardware.peak == before.hardware.peak
+    assert (before.deployment.overlap, after.deployment.overlap) == ("sbo", "none")
+    assert before.digest() != after.digest()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hardware.scale_out.bandwith": "1 GB/s"}, "did you mean 'bandwidth'?"),
+        ({"hardware.memory": 80}, "bare number 80; write its unit"),
+        ({"deployment.ep_size": 96}, "128 % 96 = 32"),
+        ({"model": "longcat-flush"}, "longcat-flash"),
+        ({"hardware": "h900"}, "h800-sxm"),
+        ({"deployment.num_gpu": 4}, "did you mean 'num_gpus'?"),
+        ({"speculative.acceptance": [0.8, 0.7]}, "one rate per draft token (1)"),
+        ({"model.moe_top": 3}, "did you mean 'moe_topk'?"),
+        ({"step.sequences_per_gpu": -1}, "greater than 0"),
+    ],
+)
+def test_a_wrong_change_says_what_to_do(write, change: dict, words: str) -> None:
+    with pytest.raises(SpecError) as error:
+        scenario(write(GOOD)).what_if(change)
+    assert words in str(error.value)
+
+
+def test_all_faults_of_a_file_at_once_with_lines(write) -> None:
+    path = write(
+        "model: longcat-flash\n"
+        "hardware: h800-sxm\n"
+        "deployment:\n"
+        "  num_gpus: 128\n"
+        "  ep_size: 96\n"
+        "  ep_size: 96\n"
+        "  colour: red\n"
+        "step: {phase: decode, sequences_per_gpu: 0, context_tokens: 10}\n"
+        "draws: 0\n"
+    )
+    with pytest.raises(SpecError) as error:
+        scenario(path)
+    text = str(error.value)
+    assert "mine.yaml:6: deployment.ep_size: expected each key once; it is also on line 5" in text
+    assert "mine.yaml:7: deployment.colour: expected a known key" in text
+    assert "mine.yaml:8: step" in text
+    assert "mine.yaml:9: draws" in text
+
+
+def test_experts_must_divide_over_ranks(write) -> None:
+    with pytest.raises(SpecError, match=r"ep_size must divide n_routed_experts: 512 % 96 = 32; try one of .*64"):
+        scenario(write(GOOD.replace("num_gpus: 128, ep_size: 128", "num_gpus: 192, ep_size: 96")))
+
+
+def test_settings() -> None:
+    assert parse_changes(["a.b=3", "c=[0.8]", "d=100 GB/s"]) == {"a.b": 3, "c": [0.8], "d": "100 GB/s"}
+    with pytest.raises(SpecError, match="expected path=value"):
+        parse_changes(["overlap"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: x\nschema: 1\ndatasheet:\n  device: X\n  peak: {bf16: 989}\n", "x.yaml:5: datasheet.peak.bf16"),
+        ("schema: 2\nname: x\ndatasheet: {device: X}\n", "schema: expected 1; got 2"),
+        ("schema: 1\nname: x\n", "datasheet: expected this section"),
+        ("", "expected a description; got an empty file"),
+        ("a: [1\n", "expected YAML"),
+    ],
+)
+def test_hardware_faults(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError) as error:
+        load_hardware(path)
+    assert words in str(error.value)
