@@ -90,7 +90,8 @@ _KINDS = [
     ),
     OpKind(
         "bmm", ("groups", "m", "n", "k"), lambda d, t: 2.0 * d["groups"] * d["m"] * d["n"] * d["k"],
-        lambda d, t: 1.0 * d["groups"] * (item_bytes(t) * (d["n"] + d["m"]) * d["k"] + output_bytes(t) * d["m"] * d["n"]),
+        lambda d, t: 1.0 * d["groups"]
+        * (item_bytes(t) * (d["n"] + d["m"]) * d["k"] + output_bytes(t) * d["m"] * d["n"]),
         note="one product per head: MLA weight absorption; m = rows of each group",
     ),
     OpKind(
@@ -147,7 +148,8 @@ _KINDS = [
         "sparse_mla", ("batch", "queries", "selected", "heads", "latent", "rope"),
         lambda d, t: 2.0 * d["batch"] * d["queries"] * d["heads"] * d["selected"] * (2 * d["latent"] + d["rope"]),
         lambda d, t: 1.0 * d["batch"] * d["queries"]
-        * (item_bytes(t) * d["selected"] * (d["latent"] + d["rope"]) + 2.0 * d["heads"] * (2 * d["latent"] + d["rope"])),
+        * (item_bytes(t) * d["selected"] * (d["latent"] + d["rope"])
+           + 2.0 * d["heads"] * (2 * d["latent"] + d["rope"])),
         note="gather of the selected latents and absorbed core",
     ),
     OpKind(

@@ -55,38 +55,88 @@ LAYER_INPUTS: dict[str, dict[str, tuple[str, ...]]] = {
 COMMUNICATION = frozenset({"dispatch", "combine"})
 
 
+At = tuple[str, int]  # (segment, part)
+AtLayer = tuple[int, str, int]  # (layer, segment, part)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """An order of segments on lanes for one kind of layer.
 
     ``lanes`` maps a lane's name to its segments in order. An entry is ``segment`` or ``segment@i`` for part ``i`` of a
-    layer cut into ``parts`` (micro-batches of TBO, token chunks of chunked ScMoE); a bare name is part 0.
+    layer cut into ``parts`` (micro-batches of TBO, token chunks of chunked ScMoE); a bare name is part 0. ``+1`` behind
+    an entry means that segment of the *next* layer (TBO starts a micro-batch's next layer early). Segments in ``whole``
+    are not cut: they stand once, and wait for every part of what they need.
     """
 
     name: str
     layer: str
     lanes: Mapping[str, tuple[str, ...]] = field(hash=False)
     parts: int = 1
+    whole: frozenset[str] = frozenset()
 
     def entries(self) -> list[tuple[str, str, int]]:
         """Return (lane, segment, part) of every entry, lane by lane in order."""
         return [(lane, *split(entry)) for lane, order in self.lanes.items() for entry in order]
 
-    def dependencies(self) -> dict[tuple[str, int], set[tuple[str, int]]]:
-        """Return what each (segment, part) waits for inside its layer: its inputs and its lane's predecessor."""
-        inputs = LAYER_INPUTS[self.layer]
-        waits: dict[tuple[str, int], set[tuple[str, int]]] = {}
-        for order in self.lanes.values():
+    def parts_of(self, segment: str) -> range:
+        """Return the parts into which ``segment`` is cut."""
+        return range(1 if segment in self.whole else self.parts)
+
+    def inputs_of(self, segment: str, part: int) -> list[At]:
+        """Return what (segment, part) needs inside its layer: a fact of the model."""
+        needed = []
+        for name in LAYER_INPUTS[self.layer][segment]:
+            if segment in self.whole:
+                needed += [(name, i) for i in self.parts_of(name)]
+            else:
+                needed.append((name, 0 if name in self.whole else part))
+        return needed
+
+    def layer_inputs(self, part: int) -> list[At]:
+        """Return what the first segments of the next layer's ``part`` wait for: this layer's last segments."""
+        last = sinks(self.layer)
+        return [(name, 0 if name in self.whole else part) for name in last]
+
+    def unrolled(self, layers: int) -> dict[str, list[AtLayer]]:
+        """Return each lane's order over a stack of ``layers``; ``+1`` entries of the first layer come first."""
+        lanes: dict[str, list[AtLayer]] = {}
+        for lane, entries in self.lanes.items():
+            order = [(0, *split(entry)) for entry in entries if entry.endswith("+1")]
+            for layer in range(layers):
+                for entry in entries:
+                    ahead = layer + entry.endswith("+1")
+                    if ahead < layers:
+                        order.append((ahead, *split(entry)))
+            lanes[lane] = order if order else []
+        if any(entry.endswith("+1") for entries in self.lanes.values() for entry in entries):
+            for lane, order in lanes.items():  # the first layer's early entries were put in front
+                lanes[lane] = list(dict.fromkeys(order))
+        return lanes
+
+    def waits(self, layers: int) -> dict[AtLayer, set[AtLayer]]:
+        """Return what each (layer, segment, part) of a stack waits for: its inputs, its lane's predecessor, and, for
+        first segments, the layer before."""
+        waits: dict[AtLayer, set[AtLayer]] = {}
+        for order in self.unrolled(layers).values():
             before = None
-            for entry in order:
-                segment, part = split(entry)
-                waits[segment, part] = {(needed, part) for needed in inputs.get(segment, ())}
+            for layer, segment, part in order:
+                at = (layer, segment, part)
+                needed = {(layer, *other) for other in self.inputs_of(segment, part)}
+                if not LAYER_INPUTS[self.layer][segment] and layer:
+                    parts = range(self.parts) if segment in self.whole else (part,)
+                    needed |= {(layer - 1, *other) for i in parts for other in self.layer_inputs(i)}
                 if before is not None:
-                    waits[segment, part].add(before)
-                before = (segment, part)
+                    needed.add(before)
+                waits[at] = needed
+                before = at
         return waits
 
-    def launch_order(self) -> list[tuple[str, int]]:
+    def dependencies(self) -> dict[At, set[At]]:
+        """Return what each (segment, part) waits for inside one layer: its inputs and its lane's predecessor."""
+        return {at[1:]: {other[1:] for other in needed} for at, needed in self.waits(1).items()}
+
+    def launch_order(self) -> list[At]:
         """Return one order in which every (segment, part) comes after all that it waits for, communication first.
 
         Raises:
@@ -95,8 +145,8 @@ class Schedule:
         self.check()
         sorter = TopologicalSorter(self.dependencies())
         sorter.prepare()
-        order: list[tuple[str, int]] = []
-        ready: list[tuple[str, int]] = []
+        order: list[At] = []
+        ready: list[At] = []
         while sorter.is_active():
             ready += sorter.get_ready()
             ready.sort(key=lambda at: (at[0] not in COMMUNICATION, at[1]))
@@ -108,7 +158,7 @@ class Schedule:
     def check(self) -> None:
         """Raise ScheduleError, with every fault, unless each segment stands once for each part and nothing cycles."""
         faults = []
-        wanted = {(segment, part) for segment in LAYER_INPUTS[self.layer] for part in range(self.parts)}
+        wanted = {(segment, part) for segment in LAYER_INPUTS[self.layer] for part in self.parts_of(segment)}
         found = [(segment, part) for _, segment, part in self.entries()]
         for at in sorted(wanted - set(found)):
             faults.append(f"schedule {self.name}: expected every segment once per part; {_show(at)} is missing; add it")
@@ -119,21 +169,28 @@ class Schedule:
             faults.append(f"schedule {self.name}: expected every segment once per part; {_show(at)} stands twice")
         if not faults:
             try:
-                TopologicalSorter(self.dependencies()).prepare()
+                TopologicalSorter(self.waits(3)).prepare()
             except CycleError as error:
-                ring = " -> ".join(_show(at) for at in error.args[1])
+                ring = " -> ".join(_show(at[1:]) for at in error.args[1])
                 faults.append(f"schedule {self.name}: expected no cycle; got {ring}; reorder one lane")
         if faults:
             raise ScheduleError(faults)
 
 
-def split(entry: str) -> tuple[str, int]:
-    """Return (segment, part) of ``segment`` or ``segment@part``."""
-    segment, _, part = entry.partition("@")
+def sinks(layer: str) -> tuple[str, ...]:
+    """Return the segments that no other segment of the layer needs."""
+    inputs = LAYER_INPUTS[layer]
+    needed = {name for names in inputs.values() for name in names}
+    return tuple(name for name in inputs if name not in needed)
+
+
+def split(entry: str) -> At:
+    """Return (segment, part) of ``segment``, ``segment@part`` or ``segment@part+1``."""
+    segment, _, part = entry.removesuffix("+1").partition("@")
     return segment, int(part or 0)
 
 
-def _show(at: tuple[str, int]) -> str:
+def _show(at: At) -> str:
     return f"{at[0]}@{at[1]}" if at[1] else at[0]
 
 
@@ -157,6 +214,42 @@ SCHEDULES: dict[tuple[str, str], Schedule] = {
                 "communication": ("dispatch", "combine"),
             },
         ),
+        # meituan-longcat/SGLang-FluentLLM longcat_flash_overlap.py: the experts run on the stream of the exchange,
+        # beside the second MLA's core
+        Schedule(
+            "sbo_engine",
+            "longcat",
+            {
+                "compute": ("mla0", "router", "ffn0", "mla1_proj", "mla1_core", "ffn1", "add"),
+                "communication": ("dispatch", "experts", "combine"),
+            },
+        ),
+        # arXiv 2509.01322v2, section 5 (Fig. 8): the MoE branch in two token chunks, which also overlap each other
+        Schedule(
+            "chunked",
+            "longcat",
+            {
+                "compute": (
+                    "mla0", "router", "ffn0", "mla1_proj", "experts@0", "mla1_core", "experts@1", "ffn1", "add",
+                ),
+                "communication": ("dispatch@0", "dispatch@1", "combine@0", "combine@1"),
+            },
+            parts=2,
+            whole=frozenset({"mla0", "router", "ffn0", "mla1_proj", "mla1_core", "ffn1", "add"}),
+        ),
+        # two micro-batches through a ScMoE layer: one's exchange beside the other's dense part
+        Schedule(
+            "tbo",
+            "longcat",
+            {
+                "compute": (
+                    "mla0@0", "router@0", "mla0@1", "router@1", "ffn0@0", "mla1_proj@0", "experts@0", "ffn0@1",
+                    "mla1_proj@1", "experts@1", "mla1_core@0", "ffn1@0", "add@0", "mla1_core@1", "ffn1@1", "add@1",
+                ),
+                "communication": ("dispatch@0", "dispatch@1", "combine@0", "combine@1"),
+            },
+            parts=2,
+        ),
         Schedule(
             "none",
             "moe",
@@ -166,7 +259,34 @@ SCHEDULES: dict[tuple[str, str], Schedule] = {
                 )
             },
         ),
+        # the shared expert beside the dispatch
+        Schedule(
+            "sbo",
+            "moe",
+            {
+                "compute": ("attn_proj", "attn_core", "router", "shared", "experts", "add"),
+                "communication": ("dispatch", "combine"),
+            },
+        ),
+        # deepseek-ai/profile-data README: shared(mb0), attn0(mb1) || dispatch(mb0); mlp(mb0); attn1(mb1) ||
+        # combine(mb0); then swapped. attn0 is everything before the core, attn1 the core and what follows.
+        Schedule(
+            "tbo",
+            "moe",
+            {
+                "compute": (
+                    "shared@0", "attn_proj@1", "experts@0", "attn_core@1", "router@1", "shared@1", "add@0",
+                    "attn_proj@0+1", "experts@1", "attn_core@0+1", "router@0+1", "add@1",
+                ),
+                "communication": ("dispatch@0", "combine@0", "dispatch@1", "combine@1"),
+            },
+            parts=2,
+        ),
         Schedule("none", "dense", {"compute": ("attn_proj", "attn_core", "ffn")}),
+        Schedule(
+            "tbo", "dense", {"compute": ("attn_proj@0", "attn_core@0", "ffn@0", "attn_proj@1", "attn_core@1", "ffn@1")},
+            parts=2,
+        ),
     ]
 }  # fmt: skip
 
@@ -174,9 +294,13 @@ SCHEDULES: dict[tuple[str, str], Schedule] = {
 def schedule(name: str, layer: str) -> Schedule:
     """Return the schedule ``name`` for a kind of layer (``longcat``, ``moe`` or ``dense``).
 
+    A dense layer has no exchange to hide: it runs ``none`` under every name but ``tbo``, which cuts it in two.
+
     Raises:
         ScheduleError: no such schedule for this kind of layer; lists those there are.
     """
+    if layer == "dense" and name in {other for other, _ in SCHEDULES} - {"tbo"}:
+        name = "none"
     if (name, layer) not in SCHEDULES:
         known = ", ".join(sorted({n for n, of in SCHEDULES if of == layer})) or "none"
         raise ScheduleError(f"overlap: expected one of {known} for a {layer} layer; got {name!r}; choose one of these")

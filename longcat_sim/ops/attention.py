@@ -1,0 +1,180 @@
+"""Ops of one attention block: MLA (absorbed decode, naive prefill, with or without an indexer) and GQA.
+
+A block has two segments: ``proj`` (norm and everything before the core) and ``core`` (the core, output projection,
+and what tensor parallelism adds). Sizes are per rank: N = rows (tokens), S = sequences.
+
+Source: kernel sequence of the public engines, sgl-project/sglang ``deepseek_v2.py`` (forward_absorb) and
+meituan-longcat/SGLang-FluentLLM ``longcat_flash.py``; shapes follow from the published configs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from longcat_sim.ops.shape import OpShape
+from longcat_sim.specs.deployment import Deployment
+from longcat_sim.specs.model import ModelSpec
+
+Ops = tuple[OpShape, ...]
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What one GPU's share of a step is: numbers, or arrays [draws, 1]."""
+
+    phase: str
+    """``decode`` or ``prefill``."""
+    sequences: Any
+    """Per GPU."""
+    queries: Any
+    """Tokens computed per sequence."""
+    context: Any
+    """Positions that the last of them attends to."""
+
+    @property
+    def rows(self) -> Any:
+        """Tokens computed per GPU."""
+        return self.sequences * self.queries
+
+    def part(self, parts: int) -> StepSize:
+        """Return one of ``parts`` equal cuts: by sequence."""
+        return self if parts == 1 else StepSize(self.phase, self.sequences / parts, self.queries, self.context)
+
+
+def gemm(name: str, m: Any, n: int | float, k: int | float, dtype: str) -> Ops:
+    """Return a product with its weights, behind the quantisation of its input where the weights are 8 bits."""
+    product = OpShape(name, "gemm", {"m": m, "n": n, "k": k}, dtype)
+    if dtype in ("fp8", "int8", "fp4", "nvfp4"):
+        return (OpShape(f"{name} cast", "elementwise", {"rows": m, "width": k, "inputs": 1}), product)
+    return (product,)
+
+
+def norm(name: str, rows: Any, width: int) -> OpShape:
+    """Return an RMSNorm."""
+    return OpShape(name, "norm", {"rows": rows, "width": width})
+
+
+def elementwise(name: str, rows: Any, width: int | float, inputs: int = 1) -> OpShape:
+    """Return a pass over rows."""
+    return OpShape(name, "elementwise", {"rows": rows, "width": width, "inputs": inputs})
+
+
+def attention(model: ModelSpec, deployment: Deployment, size: StepSize) -> tuple[Ops, Ops]:
+    """Return (proj, core) of one attention block on one rank of its tensor-parallel group."""
+    if model.is_mla:
+        proj, core = _mla(model, deployment, size)
+    else:
+        proj, core = _gqa(model, deployment, size)
+    tp, h = deployment.tp_size, model.hidden_size
+    if tp > 1:
+        whole = {"message_bytes": 2.0 * size.rows * tp * h, "ranks": tp}
+        if deployment.ep_size > 1:  # rows are scattered between attention and experts
+            proj = (OpShape("attn all-gather", "all_gather", whole, group=tp), *proj)
+            core = (*core, OpShape("attn reduce-scatter", "reduce_scatter", whole, group=tp))
+        else:
+            core = (*core, OpShape("attn all-reduce", "all_reduce", whole, group=tp))
+    return proj, core
+
+
+def _mla(model: ModelSpec, deployment: Deployment, size: StepSize) -> tuple[Ops, Ops]:
+    tp = deployment.tp_size
+    rows, sequences, heads = size.rows * tp, size.sequences * tp, model.num_attention_heads // tp
+    h, latent, rope, nope = model.hidden_size, model.kv_lora_rank, model.qk_rope_head_dim, model.qk_nope_head_dim
+    weights, precision = deployment.precision.weights, deployment.precision
+    core_dtype = precision.kv_cache if precision.attention == precision.kv_cache else precision.attention
+    proj: list[OpShape] = [norm("attn norm", rows, h)]
+    q_width = model.q_lora_rank or heads * model.qk_head_dim
+    proj += gemm("qkv_a", rows, q_width + latent + rope, h, weights)
+    if model.q_lora_rank:
+        proj.append(norm("q_a norm", rows, model.q_lora_rank))
+    proj.append(norm("kv_a norm", rows, latent))
+    if model.q_lora_rank:
+        proj += gemm("q_b", rows, heads * model.qk_head_dim, model.q_lora_rank, weights)
+    if size.phase == "decode":
+        proj.append(OpShape("absorb k", "bmm", {"groups": heads, "m": rows, "n": latent, "k": nope}))
+        proj.append(elementwise("rope", rows, heads * rope + rope))
+        proj.append(elementwise("kv write", rows, latent + rope))
+    else:
+        proj.append(elementwise("rope", rows, heads * rope + rope))
+        proj.append(elementwise("kv write", rows, latent + rope))
+        expanded = sequences * size.context  # the cached part of each prompt is expanded again
+        proj += gemm("kv_b", expanded, heads * (nope + model.v_head_dim), latent, weights)
+        proj.append(elementwise("concat k", expanded, heads * model.qk_head_dim))
+    core: list[OpShape] = []
+    if model.index_topk:
+        proj += _indexer_projections(model, rows, weights)
+        core += _indexer(model, deployment, sequences, size)
+    selected = np.minimum(size.context, model.index_topk) if model.index_topk else size.context
+    dims: dict[str, Any]
+    if model.index_topk:
+        dims = {"batch": sequences, "queries": size.queries, "selected": selected, "heads": heads}
+        core.append(
+            OpShape("attention core", "sparse_mla", {**dims, "latent": latent, "rope": rope}, core_dtype)
+        )  # fmt: skip
+        absorbed = True
+    elif size.phase == "decode":
+        dims = {"batch": sequences, "queries": size.queries, "context": size.context, "heads": heads}
+        core.append(OpShape("attention core", "mla_decode", {**dims, "latent": latent, "rope": rope}, core_dtype))
+        absorbed = True
+    else:
+        dims = {
+            "batch": sequences, "queries": size.queries, "context": size.context, "heads": heads, "kv_heads": heads,
+            "qk_dim": model.qk_head_dim, "v_dim": model.v_head_dim,
+        }  # fmt: skip
+        core.append(OpShape("attention core", "attention_prefill", dims, core_dtype))
+        absorbed = False
+    if absorbed:
+        core.append(OpShape("absorb v", "bmm", {"groups": heads, "m": rows, "n": model.v_head_dim, "k": latent}))
+    core += gemm("o_proj", rows, h, heads * model.v_head_dim, weights)
+    return tuple(proj), tuple(core)
+
+
+def _indexer_projections(model: ModelSpec, rows: Any, weights: str) -> Ops:
+    """Return the projections of the lightning indexer.
+
+    Source: transformers 5 ``modeling_deepseek_v32.py``; sglang ``nsa_indexer.py``.
+    """
+    heads, dim = model.index_n_heads, model.index_head_dim
+    return (
+        *gemm("index q", rows, heads * dim, model.q_lora_rank, weights),
+        *gemm("index k", rows, dim, model.hidden_size, weights),
+        OpShape("index weights", "gemm", {"m": rows, "n": heads, "k": model.hidden_size}),
+        elementwise("index rope", rows, heads * dim),
+        elementwise("index cast", rows, heads * dim),
+    )
+
+
+def _indexer(model: ModelSpec, deployment: Deployment, sequences: Any, size: StepSize) -> Ops:
+    # causal prefill scores half of the square, and the scores of a query end at its own position
+    mean_context = size.context - (size.queries - 1) / 2 if size.phase == "prefill" else size.context
+    dims = {"batch": sequences, "queries": size.queries, "context": mean_context}
+    rows = sequences * size.queries
+    return (
+        OpShape("index scores", "indexer", {**dims, "heads": model.index_n_heads, "dim": model.index_head_dim}, "fp8"),
+        OpShape("index top-k", "topk", {"rows": rows, "n": mean_context, "k": model.index_topk}, "fp32"),
+    )
+
+
+def _gqa(model: ModelSpec, deployment: Deployment, size: StepSize) -> tuple[Ops, Ops]:
+    tp, h, dim = deployment.tp_size, model.hidden_size, model.head_dim
+    rows, sequences = size.rows * tp, size.sequences * tp
+    heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp)
+    weights, precision = deployment.precision.weights, deployment.precision
+    core_dtype = precision.kv_cache if precision.attention == precision.kv_cache else precision.attention
+    proj: list[OpShape] = [norm("attn norm", rows, h)]
+    proj += gemm("qkv", rows, (heads + 2 * kv_heads) * dim, h, weights)
+    if model.model_type.startswith("qwen3"):
+        proj.append(norm("qk norm", rows, (heads + kv_heads) * dim))
+    proj.append(elementwise("rope", rows, (heads + kv_heads) * dim))
+    proj.append(elementwise("kv write", rows, 2 * kv_heads * dim))
+    dims: dict[str, Any] = {
+        "batch": sequences, "queries": size.queries, "context": size.context, "heads": heads, "kv_heads": kv_heads,
+    }  # fmt: skip
+    if size.phase == "decode":
+        core = OpShape("attention core", "gqa_decode", {**dims, "head_dim": dim}, core_dtype)
+    else:
+        core = OpShape("attention core", "attention_prefill", {**dims, "qk_dim": dim, "v_dim": dim}, core_dtype)
+    return tuple(proj), (core, *gemm("o_proj", rows, h, heads * dim, weights))

@@ -1,0 +1,132 @@
+"""How ops that run at once on one GPU slow each other: the share law that lanes apply.
+
+A law gets the ops that run at once and returns their rates (1: as fast as alone). It is pure, so rates are memoised by
+the set of running ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from longcat_sim.ops.op import ResourceShares
+
+
+class Running(NamedTuple):
+    """What a law knows of a running op."""
+
+    kind: str
+    shares: ResourceShares
+    is_collective: bool = False
+
+
+class ContentionLaw(Protocol):
+    """Rates of ops that run at once."""
+
+    def rates(self, running: Sequence[Running]) -> tuple[float, ...]:
+        """Return the rate of each op, 0..1 of its speed alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class NoContention:
+    """Ops never slow each other: the law that other tools assume."""
+
+    def rates(self, running: Sequence[Running]) -> tuple[float, ...]:
+        """Return 1 for every op."""
+        return (1.0,) * len(running)
+
+
+@dataclass(frozen=True)
+class MaxMin:
+    """Each resource is shared max-min fairly; an op runs at the rate of its scarcest resource.
+
+    An op that one resource holds back asks for less of the others, so shares are settled in rounds. Thread blocks of a
+    collective stay on their SMs until it ends, so a collective keeps the SMs that it asked for.
+
+    Source: max-min fairness, Bertsekas and Gallager, Data Networks, section 6.5.2; that collectives keep their SMs:
+    the 20 and 112 of 132 SMs of deepseek-ai/profile-data train.json.
+    """
+
+    rounds: int = 8
+
+    def rates(self, running: Sequence[Running]) -> tuple[float, ...]:
+        """Return the rate of each op."""
+        if len(running) == 1:
+            return (1.0,)
+        rates = [1.0] * len(running)
+        for _ in range(self.rounds):
+            new = [1.0] * len(running)
+            for resource in range(len(ResourceShares._fields)):
+                wants = [op.shares[resource] for op in running]
+                # held back elsewhere: asks for less here, but for SMs a collective keeps what it holds
+                asks = [
+                    want if resource == 0 and op.is_collective else want * rate
+                    for want, rate, op in zip(wants, rates, running, strict=True)
+                ]
+                if sum(asks) <= 1.0 + 1e-12 and sum(wants) <= 1.0 + 1e-12:
+                    continue
+                given = _max_min(wants, [op.is_collective and resource == 0 for op in running], asks)
+                for i, want in enumerate(wants):
+                    if want > 0:
+                        new[i] = min(new[i], given[i] / want)
+            if all(abs(a - b) < 1e-9 for a, b in zip(new, rates, strict=True)):
+                break
+            rates = new
+        return tuple(rates)
+
+
+def _max_min(wants: Sequence[float], first: Sequence[bool], asks: Sequence[float]) -> list[float]:
+    """Return the share of each op: those in ``first`` get theirs, the rest is divided max-min fairly.
+
+    Each op may take up to ``wants``, but what an op does not ask for is free to the others.
+    """
+    given = [want if f else 0.0 for want, f in zip(wants, first, strict=True)]
+    total = sum(given)
+    if total > 1.0:
+        return [g / total for g in given]
+    left = 1.0 - total
+    rest = sorted((i for i, f in enumerate(first) if not f), key=lambda i: asks[i])
+    for at, i in enumerate(rest):
+        fair = left / (len(rest) - at)
+        given[i] = wants[i] if asks[i] <= fair and wants[i] <= left else min(wants[i], fair)
+        left -= min(given[i], asks[i])
+    return given
+
+
+@dataclass(frozen=True)
+class MeasuredLaw:
+    """Measured rates of pairs of kinds, with another law for what was not measured.
+
+    ``pairs`` maps (kind, other kind) to the rate of the first while the second runs; ``collective_rates`` maps a
+    collective's kind to its rate beside any compute.
+    """
+
+    pairs: Mapping[tuple[str, str], float] = field(default_factory=dict, hash=False)
+    collective_rates: Mapping[str, float] = field(default_factory=dict, hash=False)
+    otherwise: ContentionLaw = field(default_factory=MaxMin)
+
+    def rates(self, running: Sequence[Running]) -> tuple[float, ...]:
+        """Return the rate of each op: the slowest of what was measured beside any other, else the other law's."""
+        if len(running) == 1:
+            return (1.0,)
+        found = list(self.otherwise.rates(running))
+        for i, op in enumerate(running):
+            others = [other for j, other in enumerate(running) if j != i]
+            measured = [self.pairs[op.kind, other.kind] for other in others if (op.kind, other.kind) in self.pairs]
+            if op.kind in self.collective_rates and any(not other.is_collective for other in others):
+                measured.append(self.collective_rates[op.kind])
+            if measured:
+                found[i] = min(measured)
+        return tuple(found)
+
+
+def contention_law(name: str | ContentionLaw) -> ContentionLaw:
+    """Return a law by name (``max_min`` or ``off``) or the given law."""
+    if not isinstance(name, str):
+        return name
+    laws: dict[str, ContentionLaw] = {"max_min": MaxMin(), "off": NoContention()}
+    if name not in laws:
+        raise ValueError(f"contention: expected one of {', '.join(laws)}; got {name!r}; choose one of these")
+    return laws[name]
