@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from longcat_sim.errors import CapacityError
@@ -147,8 +148,8 @@ def diurnal_day(
 ) -> Day:  # fmt: skip
     """Return a day under rate(t) = mean (1 + amplitude sin(2 pi t / period)), replicas following the load.
 
-    A replica must be up ``start_s`` (its weights' load time) before it is needed, and is paid from then on, so each slot
-    holds the most that any slot within ``start_s`` after it needs.
+    A replica must be up ``start_s`` (its weights' load time) before it is needed, and is paid from then on, so each
+    slot holds the most that any slot within ``start_s`` after it needs.
 
     Raises:
         CapacityError: an amplitude outside 0..1.
@@ -163,9 +164,7 @@ def diurnal_day(
 
     # the busiest moment of each slot: its ends, or the top of the sine inside it
     top = period_h / 4
-    highest = [
-        max(rate(a), rate(b), rate(top) if a <= top <= b else 0.0) for a, b in zip(edges, edges[1:], strict=False)
-    ]
+    highest = [max(rate(a), rate(b), rate(top) if a <= top <= b else 0.0) for a, b in pairwise(edges)]
     needed = [max(min_replicas, replicas_for(r, per_replica, spare=spare)) for r in highest]
     ahead = math.ceil(start_s / 3600 / slot_h - 1e-9)
     held = [max(needed[(at + k) % slots] for k in range(ahead + 1)) for at in range(slots)]

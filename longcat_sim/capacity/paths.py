@@ -66,7 +66,7 @@ def encoded(scenario: Scenario, path: str, value: float) -> Any:
         raise CapacityError(f"{path}: expected a number; it is {now!r}; choose a numeric figure")
     if isinstance(now, tuple):
         return [float(value)] * len(now)
-    return int(round(value)) if isinstance(now, int) else ParsedFloat(value)
+    return round(value) if isinstance(now, int) else ParsedFloat(value)
 
 
 def number_at(scenario: Scenario, path: str) -> float:

@@ -21,8 +21,8 @@ SOURCES = ("calibration", "routing", "traffic", "discrepancy")
 DATASHEET_SPREAD = 0.47
 """Standard deviation (log) given to a kind of op that nobody measured.
 
-Source: the gap between ideal and served time per token at one published operating point, 16 against 26 ms (LongCat-Flash
-report, section 6.3.2): ln(26/16) = 0.49, and 0.64 for DeepSeek-V3: 0.45. An order of magnitude, not a fit."""
+Source: the gap between ideal and served time per token at one published operating point, 16 against 26 ms
+(LongCat-Flash report, section 6.3.2): ln(26/16) = 0.49, and 0.64 for DeepSeek-V3: 0.45. An order of magnitude, not a fit."""
 
 Sample = Callable[[Mapping[str, int]], Mapping[str, float]]
 
@@ -58,10 +58,8 @@ def uncertainty(sample: Sample, sources: Sequence[str] = SOURCES, draws: int = 3
     for source in sources:
         rows = [sample({other: index if other == source else 0 for other in sources}) for index in indices]
         for name in names:
-            values = [row.get(name) for row in rows]
-            alone[name][source] = float(np.var([v for v in values if _is_number(v)], ddof=1)) if all(
-                _is_number(v) for v in values
-            ) else 0.0  # fmt: skip
+            values = [float(row[name]) for row in rows if _is_number(row.get(name))]
+            alone[name][source] = float(np.var(values, ddof=1)) if len(values) == draws else 0.0
     shares = {name: _shares(alone[name], float(np.var(arrays[name], ddof=1))) for name in names}
     return Uncertainty({name: Interval.of(arrays[name]) for name in names}, shares, arrays)
 
