@@ -103,6 +103,8 @@ class Cluster:
         self.num_preemptions = 0
         self.num_drafted_steps = 0
         self.in_flight = 0
+        self.expected = 1
+        """Requests in flight or yet to arrive, and 1 while the stream may hold more."""
         self.link_slowdown = 1.0
         self.transfers = 0
         self.router = serve.router
@@ -183,7 +185,9 @@ class Cluster:
         self._next_arrival()
         if scaler:
             self._schedule_scaling(scaler)
-        self.env.run()
+        step, queue = self.env.step, self.env._queue
+        while queue and self.expected:
+            step()
         now: int = self.env._now  # type: ignore[assignment]
         for request in [*self.held, *self.remote_held]:
             self._close(request, FAILED, "no replica came up again")
@@ -197,7 +201,10 @@ class Cluster:
     # -- arrivals -------------------------------------------------------------------------------------------------
     def _next_arrival(self) -> None:
         request = next(self.requests, None)
-        if request is not None:
+        if request is None:
+            self.expected -= 1
+        else:
+            self.expected += 1
             self.at(request.arrival, ARRIVAL + max(request.session, 0), lambda _: self._on_arrival(request, True))
 
     def _on_arrival(self, request: Request, is_from_stream: bool) -> None:
@@ -271,10 +278,12 @@ class Cluster:
     def _close(self, request: Request, status: int, reason: str = "") -> None:
         self.columns.close(request, status, reason)
         self.in_flight -= 1
+        self.expected -= 1
         if self.columns.has_sessions:
             now: int = self.env._now  # type: ignore[assignment]
             follow = self.source.follow_up(request, now, status == COMPLETED)
             if follow is not None:
+                self.expected += 1
                 self.at(follow.arrival, ARRIVAL + follow.session, lambda _: self._on_arrival(follow, False))
 
     def on_prefilled(self, replica: Replica, request: Request, now: int) -> None:
@@ -431,13 +440,16 @@ class Cluster:
                 idle = next((r for r in pool.replicas if not r.is_up), None)
                 if idle is not None:
                     self._start(idle, True)
-            elif len(pool.live) == len(up) > scaler.min_replicas and waiting == 0:
-                if running < scaler.scale_down_load * len(up) * self.serve.scheduler.max_num_seqs:
-                    last = up[-1]
-                    last.is_draining = True
-                    pool.live.remove(last)
-                    if last.phase == IDLE and not last.is_composing and not last.waiting and not last.loading:
-                        self.on_drained(last, self.env._now)  # type: ignore[arg-type]
+            elif (
+                len(pool.live) == len(up) > scaler.min_replicas
+                and waiting == 0
+                and running < scaler.scale_down_load * len(up) * self.serve.scheduler.max_num_seqs
+            ):
+                last = up[-1]
+                last.is_draining = True
+                pool.live.remove(last)
+                if last.phase == IDLE and not last.is_composing and not last.waiting and not last.loading:
+                    self.on_drained(last, self.env._now)  # type: ignore[arg-type]
             self._schedule_scaling(scaler)
 
         now: int = self.env._now  # type: ignore[assignment]

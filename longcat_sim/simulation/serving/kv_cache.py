@@ -1,8 +1,10 @@
-"""KV blocks of one replica: what running requests hold, and the prefix cache (runs of blocks, LRU, slower tiers).
+"""KV blocks of one replica: what running requests hold, and the prefix cache (a radix tree of runs, LRU, tiers).
 
-A prompt is a chain of runs ``(key, blocks)``; equal keys hold equal tokens after equal chains. A cached run may have
-lost blocks at its end: a look-up stops there. Runs that a running request uses are pinned; the others wait in LRU
-order for eviction, the end of a chain first (vLLM v1 frees the blocks of a request in reverse).
+A prompt's chain is a list of segments, each a sequence of keys (a list of hashes, or a ``range``) and the blocks that
+one key stands for. Equal keys mean equal tokens after equal keys. A run is a node of the tree: consecutive keys with
+one parent, so that look-up, pinning and eviction cost time per run, not per block. Runs on the path of a running
+request are pinned; the others wait in LRU order, the end of a chain before its beginning (vLLM v1 frees the blocks of
+a request in reverse).
 """
 
 from __future__ import annotations
@@ -11,18 +13,36 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-Chain = Sequence[tuple[int, int]]
+Keys = Sequence[int]
+Chain = Sequence[tuple[Keys, int]]
+"""(keys, blocks per key)"""
 
 
 class Run:
-    """Consecutive cached blocks under one key."""
+    """Consecutive cached keys of one chain; ``refs`` requests need it or something after it."""
 
-    __slots__ = ("blocks", "key", "refs")
+    __slots__ = ("keys", "parent", "refs", "unit")
 
-    def __init__(self, key: int, blocks: int) -> None:
-        self.key = key
-        self.blocks = blocks
-        self.refs = 0
+    def __init__(self, keys: Keys, unit: int, parent: Run | None, refs: int) -> None:
+        self.keys = keys
+        self.unit = unit
+        self.parent = parent
+        self.refs = refs
+
+
+def common(mine: Keys, start: int, theirs: Keys) -> int:
+    """Return how many keys of ``theirs`` follow one another in ``mine`` from ``start`` on."""
+    n = len(theirs)
+    part = mine[start : start + n]
+    if part == theirs:
+        return n
+    most = len(part)
+    if type(part) is range and type(theirs) is range:
+        return min(most, n) if part.start == theirs.start else 0
+    at = 0
+    while at < most and part[at] == theirs[at]:
+        at += 1
+    return at
 
 
 @dataclass
@@ -33,31 +53,38 @@ class Tier:
     capacity_blocks: int
     ns_per_block: float
     latency_ns: int
-    runs: OrderedDict[int, int] = field(default_factory=OrderedDict)
+    runs: OrderedDict[int, tuple[Keys, int]] = field(default_factory=OrderedDict)
     used_blocks: int = 0
     free_at: int = 0
     loaded_blocks: int = 0
 
-    def put(self, key: int, blocks: int) -> list[tuple[int, int]]:
-        """Store a run, or lengthen it; return the runs that fell out."""
-        if blocks > self.capacity_blocks:
-            return [(key, blocks)]
-        old = self.runs.pop(key, 0)
-        self.used_blocks += max(old, blocks) - old
-        self.runs[key] = max(old, blocks)
+    def put(self, keys: Keys, unit: int) -> list[tuple[Keys, int]]:
+        """Store a run; return the runs that fell out."""
+        if len(keys) * unit > self.capacity_blocks:
+            return [(keys, unit)]
+        old = self.runs.pop(keys[0], None)
+        if old is not None:
+            self.used_blocks -= len(old[0]) * old[1]
+            if len(old[0]) > len(keys):
+                keys = old[0]
+        self.used_blocks += len(keys) * unit
+        self.runs[keys[0]] = (keys, unit)
         fallen = []
         while self.used_blocks > self.capacity_blocks:
-            key, blocks = self.runs.popitem(last=False)
-            self.used_blocks -= blocks
-            fallen.append((key, blocks))
+            _, (last, size) = self.runs.popitem(last=False)
+            self.used_blocks -= len(last) * size
+            fallen.append((last, size))
         return fallen
 
 
-class KvCache:
-    """Accounts for ``capacity`` blocks: held = blocks of running requests, each shared run once.
+Match = tuple[int, Run | None, int, int]
+"""(hit blocks, deepest run, keys of it that match, blocks that would leave the LRU list)"""
+MISS: Match = (0, None, 0, 0)
 
-    ``shared`` is the sum over requests of their blocks that lie in pinned runs, so that private blocks are total
-    minus ``shared``.
+
+class KvCache:
+    """Accounts for ``capacity`` blocks. ``shared`` sums, over requests, their blocks that lie in pinned runs, so that
+    blocks in use = what requests hold - ``shared`` + ``pinned_blocks``.
     """
 
     __slots__ = ("capacity", "evicted", "lru", "lru_blocks", "pinned_blocks", "runs", "shared", "tiers")
@@ -65,135 +92,156 @@ class KvCache:
     def __init__(self, capacity: int, tiers: Sequence[Tier] = ()) -> None:
         self.capacity = capacity
         self.runs: dict[int, Run] = {}
-        self.lru: OrderedDict[int, Run] = OrderedDict()
+        """By first key."""
+        self.lru: OrderedDict[Run, None] = OrderedDict()
         self.lru_blocks = 0
         self.pinned_blocks = 0
         self.shared = 0
         self.evicted = 0
         self.tiers = list(tiers)
 
-    def hit_blocks(self, chain: Chain) -> int:
-        """Return how many leading blocks of a chain are cached."""
+    def match(self, chain: Chain, limit: int) -> Match:
+        """Return what is cached of a chain, ``limit`` blocks at most; changes nothing."""
         runs = self.runs
-        hit = 0
-        for key, blocks in chain:
-            run = runs.get(key)
-            if run is None:
-                break
-            have = run.blocks
-            if have < blocks:
-                hit += have
-                break
-            hit += blocks
-        return hit
-
-    def match(self, chain: Chain, limit: int) -> tuple[int, list[tuple[Run, int]], int]:
-        """Return (hit blocks, the runs used with their blocks, blocks of them that would leave the LRU list)."""
-        runs = self.runs
-        hit = 0
-        from_lru = 0
-        used: list[tuple[Run, int]] = []
-        for key, blocks in chain:
-            run = runs.get(key)
-            if run is None:
-                break
-            take = run.blocks
-            if take > blocks:
-                take = blocks
-            if hit + take > limit:
-                take = limit - hit
-            if take <= 0:
-                break
-            hit += take
-            used.append((run, take))
-            if not run.refs:
-                from_lru += run.blocks
-            if take < blocks:
-                break
-        return hit, used, from_lru
+        hit = from_lru = 0
+        deepest: Run | None = None
+        matched = 0
+        for keys, unit in chain:
+            at = 0
+            end = len(keys)
+            while at < end:
+                run = runs.get(keys[at])
+                if run is None:
+                    return hit, deepest, matched, from_lru
+                theirs = run.keys
+                n = common(keys, at, theirs)
+                if hit + n * unit > limit:
+                    n = (limit - hit) // unit
+                    if n <= 0:
+                        return hit, deepest, matched, from_lru
+                hit += n * unit
+                deepest, matched = run, n
+                if not run.refs:
+                    from_lru += n * unit
+                if n < len(theirs):
+                    return hit, deepest, matched, from_lru
+                at += n
+        return hit, deepest, matched, from_lru
 
     def tier_blocks(self, chain: Chain, start: int, limit: int) -> tuple[int, list[tuple[Tier, int]]]:
-        """Return (blocks after ``start`` found in slower tiers, where)."""
+        """Return (blocks after the first ``start`` that slower tiers hold, where)."""
         found: list[tuple[Tier, int]] = []
         position = 0
         at = start
-        for key, blocks in chain:
-            end = position + blocks
-            if end <= at:
-                position = end
-                continue
-            best = max(self.tiers, key=lambda tier: tier.runs.get(key, 0))
-            reach = min(position + best.runs.get(key, 0), end, limit)
-            if reach <= at:
-                break
-            found.append((best, reach - at))
-            at = reach
-            if reach < end:
-                break
+        for keys, unit in chain:
+            end = position + len(keys) * unit
+            while at < end:
+                index = (at - position) // unit
+                best, length = None, 0
+                for tier in self.tiers:
+                    stored = tier.runs.get(keys[index])
+                    if stored is not None:
+                        length = common(keys, index, stored[0])
+                        best = tier
+                        break
+                length = min(length, (limit - at) // unit)
+                if best is None or length <= 0:
+                    return at - start, found
+                found.append((best, length * unit))
+                at += length * unit
             position = end
         return at - start, found
 
-    def pin(self, used: list[tuple[Run, int]]) -> None:
-        """Take the runs of a match into use."""
-        for run, take in used:
-            if not run.refs:
-                del self.lru[run.key]
-                self.lru_blocks -= run.blocks
-                self.pinned_blocks += run.blocks
-            run.refs += 1
-            self.shared += take
+    def _split(self, run: Run, count: int) -> Run:
+        """Make the first ``count`` keys of a run a run of their own, its parent; return that."""
+        head = Run(run.keys[:count], run.unit, run.parent, run.refs)
+        run.keys = run.keys[count:]
+        run.parent = head
+        self.runs[head.keys[0]] = head
+        self.runs[run.keys[0]] = run
+        if not run.refs:
+            self.lru[head] = None
+        return head
 
-    def insert(self, key: int, blocks: int, pins: list[tuple[Run, int]]) -> None:
-        """Cache ``blocks`` freshly computed private blocks of a request under ``key``, pinned by that request.
-
-        A run that another request has already cached stays private to this one (a duplicate), unless it is the
-        request's own last run, which grows.
-        """
-        run = self.runs.get(key)
+    def pin(self, match: Match) -> Run | None:
+        """Take the path of a match into use; return its last run."""
+        _, run, matched, _ = match
         if run is None:
-            run = self.runs[key] = Run(key, blocks)
-            run.refs = 1
-            self.pinned_blocks += blocks
-            self.shared += blocks
-            pins.append((run, blocks))
-        elif run.blocks < blocks and pins and pins[-1][0] is run:
-            self.pinned_blocks += blocks - run.blocks
-            self.shared += blocks - pins[-1][1]
-            run.blocks = blocks
-            pins[-1] = (run, blocks)
+            return None
+        if matched < len(run.keys):
+            run = self._split(run, matched)
+        node: Run | None = run
+        while node is not None:
+            if not node.refs:
+                del self.lru[node]
+                blocks = len(node.keys) * node.unit
+                self.lru_blocks -= blocks
+                self.pinned_blocks += blocks
+            node.refs += 1
+            node = node.parent
+        return run
 
-    def unpin(self, pins: list[tuple[Run, int]]) -> None:
-        """Give the runs of a request back, the end of the chain first in LRU order."""
-        for run, take in reversed(pins):
-            self.shared -= take
-            run.refs -= 1
+    def insert(self, keys: Keys, unit: int, node: Run | None) -> tuple[Run | None, int]:
+        """Cache freshly computed keys after the pinned ``node``: (the new last run, blocks that became shared).
+
+        Keys that another request has cached in the meantime are pinned there and stay held twice (duplicates).
+        """
+        at = shared = 0
+        while at < len(keys):
+            run = self.runs.get(keys[at])
+            if run is None:
+                rest = keys[at:] if at else keys
+                end = len(rest)
+                node = Run(rest, unit, node, 1)
+                self.runs[rest[0]] = node
+                self.pinned_blocks += end * unit
+                return node, shared + end * unit
+            n = common(keys, at, run.keys)
+            if n < len(run.keys):
+                run = self._split(run, n)
             if not run.refs:
-                self.pinned_blocks -= run.blocks
-                if run.blocks:
-                    self.lru[run.key] = run
-                    self.lru_blocks += run.blocks
-                else:
-                    del self.runs[run.key]
+                del self.lru[run]
+                self.lru_blocks -= n * unit
+                self.pinned_blocks += n * unit
+            run.refs += 1
+            node = run
+            at += n
+        return node, shared
+
+    def unpin(self, node: Run | None) -> None:
+        """Let go of a path: the end of the chain first in LRU order."""
+        while node is not None:
+            node.refs -= 1
+            if not node.refs:
+                blocks = len(node.keys) * node.unit
+                self.pinned_blocks -= blocks
+                self.lru_blocks += blocks
+                self.lru[node] = None
+            node = node.parent
 
     def evict(self, count: int) -> None:
-        """Drop ``count`` blocks of the least recently used runs, each from its end."""
+        """Drop at least ``count`` blocks of the least recently used runs, whole keys, each run from its end."""
         assert count <= self.lru_blocks
-        self.evicted += count
         lru = self.lru
-        self.lru_blocks -= count
-        while count:
-            key = next(iter(lru))
-            run = lru[key]
+        while count > 0:
+            run = next(iter(lru))
+            keys, unit = run.keys, run.unit
+            drop = -(-count // unit)
+            if drop < len(keys):
+                gone = keys[-drop:]
+                run.keys = keys[:-drop]
+            else:
+                gone = keys
+                drop = len(keys)
+                del lru[run]
+                del self.runs[keys[0]]
+            count -= drop * unit
+            self.lru_blocks -= drop * unit
+            self.evicted += drop * unit
             if self.tiers:
-                fallen = [(key, run.blocks)]
+                fallen = [(gone, unit)]
                 for tier in self.tiers:
                     fallen = [late for k, n in fallen for late in tier.put(k, n)]
-            if run.blocks > count:
-                run.blocks -= count
-                return
-            count -= run.blocks
-            del lru[key]
-            del self.runs[key]
 
     def clear(self) -> None:
         """Forget everything on the device (the replica was lost); tiers stay."""
@@ -201,8 +249,10 @@ class KvCache:
         self.lru.clear()
         self.lru_blocks = self.pinned_blocks = self.shared = 0
 
-    def check(self, held_total: int) -> None:
+    def check(self, held: int) -> None:
         """Assert the accounts: a fault here is ours."""
-        assert self.lru_blocks == sum(run.blocks for run in self.lru.values())
-        assert self.pinned_blocks == sum(run.blocks for run in self.runs.values() if run.refs)
-        assert held_total - self.shared + self.pinned_blocks + self.lru_blocks <= self.capacity
+        assert self.lru_blocks == sum(len(run.keys) * run.unit for run in self.lru)
+        assert self.pinned_blocks == sum(len(run.keys) * run.unit for run in self.runs.values() if run.refs)
+        assert all(run.refs == 0 for run in self.lru)
+        assert all(r.refs or r in self.lru for r in self.runs.values())
+        assert held - self.shared + self.pinned_blocks + self.lru_blocks <= self.capacity

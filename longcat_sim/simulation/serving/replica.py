@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from longcat_sim.simulation.serving.drafts import Drafts
-from longcat_sim.simulation.serving.kv_cache import KvCache, Run
+from longcat_sim.simulation.serving.kv_cache import MISS, KvCache, Match
 from longcat_sim.simulation.serving.request import NEVER, Request
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class Replica:
         if not self.has_prefix_cache:
             return 0
         self.settle(now)
-        return self.cache.hit_blocks(request.chain) * self.block_tokens
+        return self.cache.match(request.chain, 1 << 40)[0] * self.block_tokens
 
     # -- arrivals -------------------------------------------------------------------------------------------------
     def enqueue(self, request: Request, now: int, at_head: bool = False) -> None:
@@ -268,8 +268,14 @@ class Replica:
             self.prefilling.remove(request)
             self.prefill_blocks -= self._prompt_blocks(request)
         self.active_tokens -= request.prompt
-        self.cache.unpin(request.pins)
-        request.pins = []
+        self._release(request)
+
+    def _release(self, request: Request) -> None:
+        """Give the blocks of a request back; what is cached of them stays until it is evicted."""
+        self.cache.shared -= request.shared
+        self.cache.unpin(request.node)
+        request.node = None
+        request.shared = 0
 
     def _prompt_blocks(self, request: Request) -> int:
         return (request.prompt + self.reserve + self.block_tokens - 1) // self.block_tokens
@@ -312,20 +318,20 @@ class Replica:
             return 0
         size = self.block_tokens
         loaded = request.load_done - request.hit_done
-        used: list[tuple[Run, int]] = []
-        from_lru = 0
+        match = MISS
         if loaded > 0:
             hit = request.load_done
         elif self.has_prefix_cache and request.chain:
             limit = (request.prompt - 1) // size
-            hit, used, from_lru = cache.match(request.chain, limit)
+            match = cache.match(request.chain, limit)
+            hit = match[0]
             if cache.tiers and hit < limit:
                 more, where = cache.tier_blocks(request.chain, hit, limit)
-                if more and self._fits(more + from_lru, self.multi_step, self.watermark):
-                    cache.pin(used)
+                if more and self._fits(more + match[3], self.multi_step, self.watermark):
+                    self._hold(request, match)
                     self._evict(more, self.multi_step)
                     self._pop(request, now)
-                    request.pins, request.hit_done, request.load_done = used, hit, hit + more
+                    request.load_done = hit + more
                     self.loading[request] = more
                     self.loading_blocks += more
                     self.cluster.load(self, request, where, now)
@@ -337,14 +343,12 @@ class Replica:
             if not self.is_chunked:
                 return BLOCKED
             tokens = min(budget, self.chunk_limit)
-        if not self._fits(total - hit + from_lru, self.multi_step, self.watermark):
+        if not self._fits(total - hit + match[3], self.multi_step, self.watermark):
             return BLOCKED
         if loaded > 0:
             self.loading_blocks -= loaded
         else:
-            cache.pin(used)
-            request.pins = used
-            request.hit_done = hit
+            self._hold(request, match)
         self._pop(request, now)
         self.active_tokens += request.prompt
         request.computed = hit * size
@@ -356,6 +360,19 @@ class Replica:
         self._evict(0, self.multi_step)
         return tokens
 
+    def _hold(self, request: Request, match: Match) -> None:
+        """Pin what is cached of a prompt, and begin its chain there."""
+        request.node = self.cache.pin(match)
+        request.shared = request.hit_done = match[0]
+        self.cache.shared += match[0]
+        left = match[0]
+        for keys, unit in request.chain:
+            if left < len(keys) * unit:
+                request.inserted = left // unit
+                return
+            left -= len(keys) * unit
+            request.segment += 1
+
     def on_loaded(self, request: Request, now: int) -> None:
         """Queue a request again whose blocks have come back from a slower tier; they stay held."""
         if self.loading.pop(request, 0):
@@ -364,8 +381,7 @@ class Replica:
     def on_sent(self, request: Request, now: int) -> None:
         """Give back the blocks of a request whose KV has reached its decode replica."""
         self.loading_blocks -= self.loading.pop(request, 0)
-        self.cache.unpin(request.pins)
-        request.pins = []
+        self._release(request)
         self.poke(now)
 
     def _pop(self, request: Request, now: int) -> None:
@@ -440,16 +456,21 @@ class Replica:
         """Cache the runs of the chain that the scheduled chunks have completed."""
         done = request.computed // self.block_tokens
         chain = request.chain
-        at, position, hit = request.inserted, request.position, request.hit_done
-        while at < len(chain):
-            key, blocks = chain[at]
-            if position + blocks > done:
-                break
-            if position + blocks > hit:
-                self.cache.insert(key, blocks, request.pins)
-            position += blocks
-            at += 1
-        request.inserted, request.position = at, position
+        while request.segment < len(chain):
+            keys, unit = chain[request.segment]
+            base = sum(len(k) * n for k, n in chain[: request.segment])
+            start = request.inserted
+            stop = min((done - base) // unit, len(keys))
+            if stop > start:
+                fresh = keys[start:stop]
+                request.node, shared = self.cache.insert(fresh, unit, request.node)
+                request.shared += shared
+                self.cache.shared += shared
+                request.inserted = stop
+            if stop < len(keys):
+                return
+            request.segment += 1
+            request.inserted = 0
 
     def _end_mixed(self, now: int) -> None:
         duration = self.steps[0]
@@ -564,9 +585,7 @@ class Replica:
         if self.cache.lru_blocks:
             self._evict(0, steps)
         times = self.steps
-        if type(times) is not list:
-            times = times[:steps].tolist()
-        elif steps < len(times):
+        if steps < len(times):
             times = times[:steps]
         cluster = self.cluster
         batch = self.batch
@@ -575,9 +594,9 @@ class Replica:
         self.num_steps += steps
         window = self.multi_step
         if window == 1:
-            cluster.gaps.add_many(times, batch)
+            cluster.gaps.add_run(times, batch)
         else:  # the host hears of the tokens of one decision together
-            cluster.gaps.add_many([sum(times[at : at + window]) for at in range(0, steps, window)], batch)
+            cluster.gaps.add_run([int(sum(times[at : at + window])) for at in range(0, steps, window)], batch)
             cluster.gaps.zero += batch * (steps - steps // window)
         if not self.is_detailed and self.times.is_outside(batch, self.total_context + batch * steps, 0):
             self.outside_steps += steps
@@ -614,16 +633,20 @@ class Replica:
         self.active_tokens -= request.prompt
         if self.has_prefix_cache and request.session != NEVER and request.chain:
             self._extend_session(request, in_kv)
-        self.cache.unpin(request.pins)
-        request.pins = []
+        self._release(request)
         self.cluster.on_finished(self, request, time)
 
     def _extend_session(self, request: Request, in_kv: int) -> None:
         """Cache what the session's next turn will find: its last run, answer included."""
-        position = sum(blocks for _, blocks in request.chain[:-1])
-        blocks = in_kv // self.block_tokens - position
-        if blocks > 0:
-            self.cache.insert(request.chain[-1][0], blocks, request.pins)
+        base = sum(len(keys) * unit for keys, unit in request.chain[:-1])
+        keys, unit = request.chain[-1]
+        end = in_kv // self.block_tokens - base
+        if end > len(keys) and request.segment == len(request.chain):
+            assert isinstance(keys, range)
+            fresh = range(keys.stop, keys.start + end)
+            request.node, shared = self.cache.insert(fresh, unit, request.node)
+            request.shared += shared
+            self.cache.shared += shared
 
     # -- loss -----------------------------------------------------------------------------------------------------
     def lose(self, now: int) -> list[Request]:
@@ -647,7 +670,8 @@ class Replica:
         for request in list(self.running):
             self._leave(request)
         for request in lost:
-            request.pins = []
+            request.node = None
+            request.shared = 0
         self.waiting.clear()
         self.loading.clear()
         self.finishing.clear()
@@ -658,8 +682,9 @@ class Replica:
     def check(self) -> None:
         """Assert what must hold at a boundary: every sum equals what the sequences say."""
         decoding = [r for r in self.running if r.done_at != NEVER]
-        assert len(decoding) == self.batch and len(self.running) == self.num_running
+        assert len(decoding) == self.batch
+        assert len(self.running) == self.num_running
         assert sum(self._context_at(r, self.step) for r in decoding) == self.total_context
         assert sum(self._prompt_blocks(r) for r in self.prefilling) == self.prefill_blocks
-        assert sum(take for r in self.running for _, take in r.pins) == self.cache.shared
+        assert sum(r.shared for r in [*self.running, *self.loading]) == self.cache.shared
         self.cache.check(self._decode_blocks(0) + self.prefill_blocks + self.loading_blocks)

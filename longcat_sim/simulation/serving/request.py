@@ -32,20 +32,21 @@ class Request:
         "generated",
         "hit_done",
         "id",
-        "inserted",
         "input",
+        "inserted",
         "is_remote",
         "last",
         "load_done",
+        "node",
         "output",
-        "pins",
-        "position",
         "preemptions",
         "priority",
         "prompt",
         "retries",
         "scheduled",
+        "segment",
         "session",
+        "shared",
         "slo_class",
         "start_step",
         "tool",
@@ -80,16 +81,19 @@ class Request:
         """Tokens to prefill: after a preemption the generated ones too."""
         self.computed = 0
         self.inserted = 0
-        """Runs of the chain that are dealt with (hit, cached or duplicate)."""
+        """Keys of that segment."""
         self.context = 0
         """Tokens in KV when decode started, the one to be computed next included."""
         self.start_step = 0
         self.done_at = NEVER
-        self.pins: list[tuple[Run, int]] = []
+        self.node: Run | None = None
+        """Last pinned run of its chain."""
+        self.shared = 0
+        """Blocks that it holds in pinned runs."""
         self.is_remote = False
         """Its KV came from a prefill replica, so there is nothing to compute before decode."""
-        self.position = 0
-        """First block of the run ``inserted``."""
+        self.segment = 0
+        """Segment of the chain up to which keys are dealt with (hit, cached or duplicate)."""
         self.hit_done = 0
         """Leading blocks found on the device."""
         self.load_done = 0
@@ -217,34 +221,44 @@ class GapHistogram:
         self.bins = np.zeros(46 * 1024, dtype=np.int64)
         self.gaps: list[int] = []
         self.weights: list[int] = []
+        self.runs: list[tuple[npt.NDArray[np.int64], int]] = []
+        self.buffered = 0
 
     def flush(self) -> None:
         """Move the buffered gaps into the bins."""
-        if not self.gaps:
-            return
-        gaps = np.array(self.gaps, dtype=np.int64)
-        weights = np.array(self.weights, dtype=np.int64)
+        if self.gaps:
+            self._count(np.array(self.gaps, dtype=np.int64), np.array(self.weights, dtype=np.int64))
+        if self.runs:
+            gaps = np.concatenate([run for run, _ in self.runs])
+            self._count(gaps, np.repeat([w for _, w in self.runs], [len(run) for run, _ in self.runs]))
         self.gaps.clear()
         self.weights.clear()
+        self.runs.clear()
+        self.buffered = 0
+
+    def _count(self, gaps: npt.NDArray[np.int64], weights: npt.NDArray[np.int64]) -> None:
         self.count += int(weights.sum())
         self.sum_ns += int((gaps * weights).sum())
         # the exponent and ten bits of the mantissa of the binary64 number
         at = (np.maximum(gaps, 1).astype(np.float64).view(np.int64) >> 42) - (1023 << 10)
         np.add.at(self.bins, np.minimum(at, len(self.bins) - 1), weights)
 
-    def add_many(self, gaps: list[int], weight: int) -> None:
+    def add_run(self, gaps: list[int] | npt.NDArray[np.int64], weight: int) -> None:
         """Add each gap ``weight`` times."""
-        self.gaps.extend(gaps)
-        self.weights.extend([weight] * len(gaps))
-        if len(self.gaps) > 65536:
+        if type(gaps) is list:
+            self.gaps += gaps
+            self.weights += [weight] * len(gaps)
+        else:
+            self.runs.append((gaps, weight))  # type: ignore[arg-type]
+        self.buffered += len(gaps)
+        if self.buffered > 65536:
             self.flush()
 
     def add(self, gap: int, weight: int = 1) -> None:
         """Add one gap."""
         self.gaps.append(gap)
         self.weights.append(weight)
-        if len(self.gaps) > 65536:
-            self.flush()
+        self.buffered += 1
 
     def mean_s(self) -> float | None:
         """Return the mean gap, zero gaps of accepted drafts included."""

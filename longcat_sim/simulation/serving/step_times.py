@@ -10,6 +10,7 @@ even, so that Python scalars and numpy arrays give the same nanoseconds.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -229,7 +230,7 @@ class StepTimeGrid:
         if len(batches) < 2 or len(self.context_nodes) < 2 or len(self.prefill_nodes) < 2 or len(self.key_nodes) < 2:
             raise ValueError("a step-time grid needs two nodes at least on every axis of its mixed part")
         inverse = [
-            [1.0 / (y - x) for x, y in zip(nodes, nodes[1:], strict=False)]
+            [1.0 / (y - x) for x, y in itertools.pairwise(nodes)]
             for nodes in (batches, self.context_nodes, self.prefill_nodes, self.key_nodes)
         ]
         top = max(self.prefill_nodes[-1], batches[-1]) * 2 + 2

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longcat_sim.simulation.serving import draws
-from longcat_sim.simulation.serving.request import NEVER, Request
+from longcat_sim.simulation.serving.request import Request
 from longcat_sim.simulation.serving.workload import trace_lengths
 from longcat_sim.specs.serve import Arrivals, Delay, Serve, TokenCounts
 
@@ -105,7 +105,9 @@ class Synthetic:
 
     def __init__(self, serve: Serve, seed: int) -> None:
         workload = serve.workload
-        assert workload.arrivals is not None and workload.input_tokens and workload.output_tokens
+        assert workload.arrivals is not None
+        assert workload.input_tokens
+        assert workload.output_tokens
         self.workload, self.arrivals, self.seed = workload, workload.arrivals, seed
         self.block_tokens = serve.scheduler.block_tokens
         self.inputs = Lengths(workload.input_tokens, seed, draws.INPUT)
@@ -183,8 +185,9 @@ class Synthetic:
             request.output = self.tool_tokens.one(entity)
         system = sessions.system_prompt_tokens // self.block_tokens
         own = request.input // self.block_tokens - system
-        chain = [(NEVER, system)] if system else []
-        request.chain = [*chain, (request.session, own)]
+        first = (request.session + 1) << 32
+        shared = [(range(system), 1)] if system else []
+        request.chain = [*shared, (range(first, first + own), 1)]
 
     def follow_up(self, request: Request, now: int, is_answered: bool) -> Request | None:
         """Return the request that an answered one causes, or None."""

@@ -190,11 +190,11 @@ class TraceReader:
                 arrival,
                 input_tokens,
                 output_tokens,
-                [(key, blocks) for key in rest[: input_tokens // MOONCAKE_BLOCK_TOKENS]],
+                [(rest[: input_tokens // MOONCAKE_BLOCK_TOKENS], blocks)],
             )
         if "hash_ids" in rest:
             per_hash = rest.get("hash_block_tokens", MOONCAKE_BLOCK_TOKENS)
-            chain = [(key, per_hash // self.block_tokens) for key in rest["hash_ids"][: input_tokens // per_hash]]
+            chain = [(rest["hash_ids"][: input_tokens // per_hash], per_hash // self.block_tokens)]
         request = Request(0, arrival, input_tokens, output_tokens, chain)
         if "slo_class" in rest:
             request.slo_class, request.priority = self.classes.get(rest["slo_class"], (0, 0))
