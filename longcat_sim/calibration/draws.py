@@ -13,7 +13,7 @@ from zlib import crc32
 import numpy as np
 
 from longcat_sim.calibration.fitted import LEVELS, law_seconds, logs
-from longcat_sim.calibration.laws import LAWS
+from longcat_sim.calibration.transfer import SHEET_ERROR
 from longcat_sim.ops.op import KINDS, FloatArray, Op, OpArrays, ResourceShares, Tag
 
 if TYPE_CHECKING:
@@ -53,26 +53,25 @@ class Draw:
             return self.parent.seconds_many(ops)
         base = self.parent.seconds_many(ops)
         answer = self.parent._answer((ops.kind, ops.dtype, ops.variant))
-        if answer is None or not answer.law.residuals_:
-            return base
+        if answer is None:
+            shift = self._field((ops.kind, ops.dtype, ops.variant), 1)[3]
+            return base * np.exp(SHEET_ERROR * shift) if ops.kind != "host" else base
         law = answer.law
-        points = tuple(
-            np.broadcast_to(np.asarray(part, dtype=float), (len(ops),)) for part in LAWS[ops.kind].reduce(ops.dims)
-        )
+        points = tuple(np.broadcast_to(np.asarray(part, dtype=float), (len(ops),)) for part in answer.reduce(ops.dims))
         frequency, phase, common, shift = self._field((ops.kind, ops.dtype, ops.variant), len(points))
         wave = np.sqrt(2 / WAVES) * np.cos(logs(points) @ frequency + phase).sum(-1)
         normal = np.sqrt(law.correlation_) * common + np.sqrt(1 - law.correlation_) * wave
         share = _normal_cdf(normal)
         tags = law.tags(points)
         outside = np.array([tag == "extrapolated" for tag in tags]) | (answer.best == "extrapolated")
-        ratio = np.interp(share, LEVELS, law.residuals_["interpolated"])
+        ratio = np.interp(share, LEVELS, law.quantiles("interpolated"))
         if outside.any():
-            ratio = np.where(outside, np.interp(share, LEVELS, law.residuals_["extrapolated"]), ratio)
+            ratio = np.where(outside, np.interp(share, LEVELS, law.quantiles("extrapolated")), ratio)
             if len(law.draws_):
                 weights = law.draws_[self.index % len(law.draws_)]
                 bent = np.log(
-                    law_seconds(weights, points, ops.kind, answer.dtype, answer.device)
-                    / law_seconds(law.weights_, points, ops.kind, answer.dtype, answer.device)
+                    law_seconds(weights, points, law.kind, answer.dtype, answer.device)
+                    / law_seconds(law.weights_, points, law.kind, answer.dtype, answer.device)
                 )
                 ratio = ratio + np.where(outside, bent, 0.0)
         return base * np.exp(ratio + shift * answer.spread)

@@ -23,7 +23,9 @@ PRIOR_WEIGHT = 1.25
 """Weight of the plain FLOP and byte terms where data says nothing: the 0.8 of the data-sheet roofline."""
 PRIOR_POINTS = 0.3
 """The prior counts as this many points that are wrong by their whole value."""
-NEIGHBOURS = 8
+NEIGHBOURS = 12
+RIDGE = 0.02
+HALF_OCTAVES = 4.0
 FIT_ROWS = 4000
 """Rows that a law's few weights are fitted to; the correction uses all."""
 NEAR_OCTAVES = 1.5
@@ -159,6 +161,11 @@ class FittedLaw:
         """(kind, dtype, variant)."""
         return self.kind, self.dtype, self.variant
 
+    def quantiles(self, tag: Tag) -> FloatArray:
+        """Return the quantiles of log(measured / predicted) at ``LEVELS`` for predictions with ``tag``."""
+        found = self.residuals_.get("extrapolated" if tag == "extrapolated" else "interpolated")
+        return np.zeros(len(LEVELS)) if found is None else found
+
     @classmethod
     def fit(
         cls, key: tuple[str, str, str], coordinates: tuple[FloatArray, ...], seconds: FloatArray, device: Device, *,
@@ -256,16 +263,33 @@ class FittedLaw:
 def _nearby(
     coordinates: tuple[FloatArray, ...], residual: FloatArray, cells: tuple[FloatArray, ...]
 ) -> tuple[FloatArray, FloatArray]:
-    """Return the residual of the nearest points at each cell, and the distance to the nearest one (octaves).
+    """Return the residual at each cell from the nearest points, and the distance to the nearest one (octaves).
 
-    Inverse-distance weights; half a residual is left four octaves away, where only the law is known.
+    A straight line through the neighbours (weights 1 / distance^3), held within their range; half of it is left four
+    octaves away, where only the law is known.
     """
     from scipy.spatial import cKDTree
 
-    tree = cKDTree(logs(coordinates))
+    points, targets = logs(coordinates), logs(cells)
+    varied = np.ptp(points, axis=0) > 0
+    points, targets = points[:, varied], targets[:, varied]
+    if not varied.any():
+        return np.full(len(targets), np.median(residual)), np.zeros(len(targets))
     near = min(NEIGHBOURS, len(residual))
-    distance, index = tree.query(logs(cells), k=near)
+    distance, index = cKDTree(points).query(targets, k=near)
     distance, index = distance.reshape(-1, near), index.reshape(-1, near)
     weight = 1.0 / (distance + 0.05) ** 3
-    nothing = 1.0 / (4.0 + 0.05) ** 3
-    return (weight * residual[index]).sum(1) / (weight.sum(1) + nothing), distance[:, 0]
+    weight /= weight.sum(1, keepdims=True)
+    value = residual[index]
+    mean = (weight * value).sum(1)
+    offset = points[index] - targets[:, None]
+    centre = (weight[..., None] * offset).sum(1, keepdims=True)
+    spread = offset - centre
+    moment = np.einsum("ck,ckd,cke->cde", weight, spread, spread)
+    tilt = np.einsum("ck,ckd,ck->cd", weight, spread, value - mean[:, None])
+    # ridge: slopes that the neighbours do not span stay flat
+    moment += (RIDGE * np.trace(moment, axis1=1, axis2=2) + 1e-9)[:, None, None] * np.eye(moment.shape[-1])
+    slope = np.linalg.solve(moment, tilt[..., None])[..., 0]
+    local = np.clip(mean - (slope * centre[:, 0]).sum(-1), value.min(1), value.max(1))
+    keep = 1.0 / (1.0 + (np.maximum(distance[:, 0], 0.05) / HALF_OCTAVES) ** 3)
+    return local * keep, distance[:, 0]

@@ -115,12 +115,15 @@ def _mla_terms(c: Coordinates, dtype: str, device: Device) -> Terms:
 
 
 def _gqa_terms(c: Coordinates, dtype: str, device: Device) -> Terms:
-    kv_bytes = 2.0 * item_bytes(dtype) * c["batch"] * c["context"] * c["kv"]
-    blocks = c["batch"] * _ceil(c["context"] / 64) * _ceil(c["kv"] / 128)
+    """``items`` pairs of sequence and KV head, each shared by ``rows`` query heads; blocks of 64 positions."""
+    kv_bytes = 2.0 * item_bytes(dtype) * c["items"] * c["context"] * c["width"]
+    query_bytes = 4.0 * c["items"] * c["rows"] * c["width"]
+    blocks = c["items"] * _ceil(c["context"] / 64)
+    tile = 2.0 * item_bytes(dtype) * 64 * c["width"]
     return Terms(
-        [4.0 * c["batch"] * c["rows"] * c["context"] * c["kv"], 4.0 * 64 * 64 * 128 * _waves(blocks, device)],
-        [kv_bytes, 4.0 * c["batch"] * c["rows"] * c["kv"]],
-        [4.0 * c["batch"] * c["rows"] * c["kv"]],
+        [4.0 * c["items"] * c["rows"] * c["context"] * c["width"], 4.0 * 64 * c["items"] * c["context"] * c["width"]],
+        [kv_bytes, query_bytes, tile * _waves(blocks, device), 64 * tile * _waves(c["items"], device)],
+        [query_bytes, 64.0 * c["items"]],
     )
 
 
@@ -226,8 +229,8 @@ LAWS: dict[str, Law] = {
         compute_bound=True,
     ),
     "gqa_decode": Law(
-        ("batch", "rows", "context", "kv"),
-        lambda d: (d["batch"], d["queries"] * d["heads"] / d["kv_heads"], d["context"], d["kv_heads"] * d["head_dim"]),
+        ("items", "rows", "context", "width"),
+        lambda d: (d["batch"] * d["kv_heads"], d["queries"] * d["heads"] / d["kv_heads"], d["context"], d["head_dim"]),
         _gqa_terms,
         compute_bound=False,
     ),

@@ -1,0 +1,203 @@
+"""Import the measured kernel tables of the optional package ``aiconfigurator-core`` (Apache-2.0, NVIDIA).
+
+``pip install aiconfigurator-core pyarrow``. One framework per kind, the one whose table repeats best; its file of
+served operating points (``silicon_sample.csv``) is never read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longcat_sim.calibration.importers import published
+from longcat_sim.errors import MeasurementError
+from longcat_sim.records.measurement import Measurement
+
+SYSTEMS = {
+    "a100-sxm": "a100_sxm",
+    "h100-sxm": "h100_sxm",
+    "h200-sxm": "h200_sxm",
+    "b200-sxm": "b200_sxm",
+    "b300-sxm": "b300_sxm",
+    "gb200-nvl72": "gb200",
+    "rtx-pro-6000": "rtx_pro_6000_server",
+}
+"""Profile name -> folder of the package."""
+DTYPES = {"bfloat16": "bf16", "fp8_block": "fp8", "fp8": "fp8", "nvfp4": "nvfp4"}
+ALIGNMENT = 16
+"""Rows of a product are read where they are a multiple of this, or fewer: engines pad batches to such sizes, and
+unaligned rows take other kernels (fp8, H100: 513 rows 78 us, 512 rows 34 us)."""
+MLA = {"latent": 512, "rope": 64}
+Columns = Mapping[str, Any]
+Point = tuple[str, str, str, dict[str, float], float]
+
+
+def _rows(columns: Columns) -> Iterator[dict[str, Any]]:
+    names = list(columns)
+    for values in zip(*(columns[name] for name in names), strict=True):
+        yield dict(zip(names, values, strict=True))
+
+
+def _gemm(row: Columns) -> Iterator[Point]:
+    aligned = row["m"] % ALIGNMENT == 0 or row["m"] < ALIGNMENT
+    if aligned and row["gemm_dtype"] in ("bfloat16", "fp8_block", "nvfp4"):
+        yield "gemm", DTYPES[row["gemm_dtype"]], "", {name: row[name] for name in "mnk"}, row["latency"]
+
+
+def _experts(row: Columns) -> Iterator[Point]:
+    """All experts as one product: gate, up and down have 3 x inter columns of ``hidden`` together.
+
+    Tables cut by expert parallelism are left out: they do not say how many copies a rank then computes.
+    """
+    gated = "nongated" not in row["kernel_source"] and "min_latency" not in row["kernel_source"]
+    known = row["moe_dtype"] in ("bfloat16", "fp8_block", "nvfp4")
+    if row["distribution"] != "balanced" or row["moe_ep_size"] != 1 or not gated or not known:
+        return
+    copies = row["num_tokens"] * row["topk"]
+    dims = {
+        "groups": min(row["num_experts"], copies), "m": copies, "n": 3 * row["inter_size"] / row["moe_tp_size"],
+        "k": row["hidden_size"],
+    }  # fmt: skip
+    yield "grouped_gemm", DTYPES[row["moe_dtype"]], "fused", dims, row["latency"]
+
+
+def _mla_decode(row: Columns) -> Iterator[Point]:
+    dims = {"batch": row["batch_size"], "queries": 1, "context": row["step"] + 1, "heads": row["num_heads"], **MLA}
+    yield "mla_decode", DTYPES[row["kv_cache_dtype"]], "", dims, row["latency"]
+
+
+def _prefill_dims(row: Columns, kv_heads: float, qk_dim: float, v_dim: float) -> dict[str, float]:
+    return {
+        "batch": row["batch_size"], "queries": row["isl"], "context": row["isl"] + row["step"],
+        "heads": row["num_heads"], "kv_heads": kv_heads, "qk_dim": qk_dim, "v_dim": v_dim,
+    }  # fmt: skip
+
+
+def _mla_prefill(row: Columns) -> Iterator[Point]:
+    if row["kv_cache_dtype"] == "bfloat16":
+        yield "attention_prefill", "bf16", "", _prefill_dims(row, row["num_heads"], 192, 128), row["latency"]
+
+
+def _gqa_prefill(row: Columns) -> Iterator[Point]:
+    if row["attn_dtype"] == "bfloat16" and row["kv_cache_dtype"] == "bfloat16" and row["window_size"] == 0:
+        dims = _prefill_dims(row, row["num_key_value_heads"], row["head_dim"], row["head_dim"])
+        yield "attention_prefill", "bf16", "", dims, row["latency"]
+
+
+def _gqa_decode(row: Columns) -> Iterator[Point]:
+    if row["window_size"] == 0:
+        dims = {
+            "batch": row["batch_size"], "queries": 1, "context": row["step"] + 1, "heads": row["num_heads"],
+            "kv_heads": row["num_key_value_heads"], "head_dim": row["head_dim"],
+        }  # fmt: skip
+        yield "gqa_decode", DTYPES[row["kv_cache_dtype"]], "", dims, row["latency"]
+
+
+def _bmm(row: Columns) -> Iterator[Point]:
+    """MLA absorption: queries into the latent (128 -> 512), outputs out of it (512 -> 128), one product per head."""
+    n, k = (512, 128) if row["op_name"] == "mla_gen_pre" else (128, 512)
+    dims = {"groups": row["num_heads"], "m": row["num_tokens"], "n": n, "k": k}
+    yield "bmm", DTYPES[row["bmm_dtype"]], "", dims, row["latency"]
+
+
+def _cast(row: Columns) -> Iterator[Point]:
+    """A scaled cast to fp8 reads 2 and writes 1 byte per value: three quarters of a bf16 pass over as many."""
+    if row["m"] % ALIGNMENT == 0 or row["m"] < ALIGNMENT:
+        yield "elementwise", "bf16", "", {"rows": row["m"], "width": 0.75 * row["k"], "inputs": 1}, row["latency"]
+
+
+def _topk(row: Columns) -> Iterator[Point]:
+    if row["score_mode"] == "flat":
+        dims = {"rows": row["batch_size"] * row["isl"], "n": row["isl"] + row["step"], "k": 2048}
+        yield "topk", "fp32", "", dims, row["latency"]
+
+
+def _indexer(row: Columns) -> Iterator[Point]:
+    """GLM-5's indexer: 32 heads of 128."""
+    dims = {"batch": row["batch_size"], "queries": row["isl"], "context": row["isl"] + row["step"], "heads": 32}
+    yield "indexer", "fp8", "", {**dims, "dim": 128}, row["latency"]
+
+
+def _sparse(row: Columns) -> Iterator[Point]:
+    if row["isl"] + row["step"] >= 2048:
+        dims = {"batch": row["batch_size"], "queries": row["isl"], "selected": 2048, "heads": row["num_heads"], **MLA}
+        yield "sparse_mla", "bf16", "", dims, row["latency"]
+
+
+TABLES: tuple[tuple[str, str, Callable[[Columns], Iterator[Point]]], ...] = (
+    ("gemm/trtllm", "gemm_perf", _gemm),
+    ("moe/trtllm", "moe_perf", _experts),
+    ("mla/trtllm", "generation_mla_perf", _mla_decode),
+    ("mla/trtllm", "context_mla_perf", _mla_prefill),
+    ("attention/trtllm", "context_attention_perf", _gqa_prefill),
+    ("attention/trtllm", "generation_attention_perf", _gqa_decode),
+    ("mla_bmm/trtllm", "mla_bmm_perf", _bmm),
+    ("quantize/trtllm", "scale_matrix_perf", _cast),
+    ("sparse_attention/sglang", "glm5_topk_module_perf", _topk),
+    ("sparse_attention/sglang", "glm5_mqa_logits_module_perf", _indexer),
+    ("sparse_attention/sglang", "glm5_dsa_attn_module_perf", _sparse),
+)
+"""(family / framework, table, reader)."""
+
+
+def tables_folder(folder: str | Path | None = None) -> Path:
+    """Return the folder of the tables: the one given, or that of the installed package.
+
+    Raises:
+        MeasurementError: neither is there.
+    """
+    if folder is None:
+        found = importlib.util.find_spec("aiconfigurator_core")
+        if found is None or not found.submodule_search_locations:
+            raise MeasurementError(
+                "aiconfigurator-core: expected the package; it is not installed; "
+                "run `pip install aiconfigurator-core pyarrow`, or give the folder of its systems/data"
+            )
+        folder = Path(next(iter(found.submodule_search_locations))) / "systems" / "data"
+    if not Path(folder).is_dir():
+        raise MeasurementError(f"{folder}: expected the folder systems/data of aiconfigurator-core; there is none")
+    return Path(folder)
+
+
+def import_aiconfigurator(
+    hardware: str, *, folder: str | Path | None = None, kinds: set[str] | None = None
+) -> list[Measurement]:
+    """Return the tables of one system as measurements; the fastest where a size was measured several times.
+
+    Raises:
+        MeasurementError: the package or pyarrow is missing, or it has no such system.
+    """
+    if hardware not in SYSTEMS:
+        raise MeasurementError(f"hardware: expected one of {', '.join(SYSTEMS)}; got {hardware!r}; choose one")
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise MeasurementError("pyarrow: expected it to read the tables; run `pip install pyarrow`") from None
+    base = tables_folder(folder) / SYSTEMS[hardware]
+    best: dict[tuple, tuple[float, str]] = {}
+    for family, table, reader in TABLES:
+        candidates = [path for path in (base / family).glob(f"*/{table}.parquet")]
+        if not candidates:
+            continue
+        version = max(
+            candidates, key=lambda path: path.stat().st_size
+        ).parent  # later versions may hold a few rows only
+        path = version / f"{table}.parquet"
+        source = f"aiconfigurator-core 0.12.0 {SYSTEMS[hardware]}/{family}/{version.name}/{table}"
+        columns = {name: values.to_numpy(zero_copy_only=False) for name, values in
+                   zip(*(lambda t: (t.column_names, t.columns))(parquet.read_table(path)), strict=True)}  # fmt: skip
+        for row in _rows(columns):
+            for kind, dtype, variant, dims, milliseconds in reader(row):
+                if (kinds and kind not in kinds) or not np.isfinite(milliseconds) or milliseconds <= 0:
+                    continue
+                key = (kind, dtype, variant, tuple(sorted((name, float(size)) for name, size in dims.items())))
+                if key not in best or milliseconds < best[key][0]:
+                    best[key] = (float(milliseconds), source)
+    return [
+        published(kind, milliseconds * 1e-3, source, dtype=dtype, variant=variant, **dict(dims))
+        for (kind, dtype, variant, dims), (milliseconds, source) in best.items()
+    ]

@@ -1,0 +1,97 @@
+"""Fit a packaged profile to published tables: its own, and where it has none, those of a device with the same die."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from longcat_sim.calibration.importers import published
+from longcat_sim.calibration.importers.aiconfigurator import SYSTEMS, import_aiconfigurator
+from longcat_sim.calibration.importers.kernels import READERS, import_kernels
+from longcat_sim.calibration.op_times import Key, OpTimes
+from longcat_sim.errors import MeasurementError
+from longcat_sim.ops.op import Op
+from longcat_sim.records.measurement import Measurement
+from longcat_sim.specs.hardware import HardwareSpec
+
+SAME_DIE = {"h800-sxm": "h100-sxm"}
+"""Devices that differ only in what op times do not depend on (H800: narrower NVLink, same GH100 die and HBM)."""
+COMMITTED_CELLS = 6000
+"""Grid cells per law in a packaged profile: keeps files small, costs about half a point of error."""
+
+BORROWED: dict[str, Callable[[Op], bool]] = {
+    # fp8 products, grouped products and the indexer have tables of their own; other kernels, other rates
+    "gemm": lambda op: op.dtype != "fp8",
+    "grouped_gemm": lambda op: False,
+    "indexer": lambda op: False,
+    # own table: 128 heads; the other head counts fill the 64-row tiles differently
+    "mla_decode": lambda op: op.dtype != "bf16" or op["heads"] < 128,
+    "gqa_decode": lambda op: False,
+}
+"""Which rows a device takes from its twin; kinds not named take all."""
+
+H800_EXTRA = [
+    published(
+        "mla_decode", 2.0 * 128 * 2 * 128 * 8192 * 1088 / 660e12,
+        "flashmla_h800_dense_decode: 660 TFLOPS where compute-bound (FlashMLA README @9241ae3); shape assumed",
+        dtype="bf16", batch=128, queries=2, context=8192, heads=128, latent=512, rope=64,
+    ),
+    published(
+        "sparse_mla", 2.0 * 128 * 2 * 128 * 2048 * 1088 / 410e12,
+        "flashmla_sparse: 410 TFLOPS at batch 128, 128 heads, 2 queries, top-k 2048 (FlashMLA README @9241ae3)",
+        dtype="fp8", batch=128, queries=2, selected=2048, heads=128, latent=512, rope=64,
+    ),
+]  # fmt: skip
+
+
+def published_measurements(
+    hardware: str, kernels: str | Path | None, tables: str | Path | None
+) -> tuple[list[Measurement], dict[Key, str]]:
+    """Return the published measurements for a profile, and the laws that rest on another device only.
+
+    ``kernels`` is the YAML file of kernel records, ``tables`` the folder of aiconfigurator-core's tables.
+
+    Raises:
+        MeasurementError: nothing is published for ``hardware``, or a source cannot be read.
+    """
+    own: list[Measurement] = []
+    if hardware in READERS and kernels is not None:
+        own += import_kernels(kernels, hardware)
+        own += H800_EXTRA if hardware == "h800-sxm" else []
+    if hardware in SYSTEMS:
+        own += import_aiconfigurator(hardware, folder=tables)
+    borrowed: list[Measurement] = []
+    twin = SAME_DIE.get(hardware)
+    if twin:
+        borrowed = [
+            row
+            for row in import_aiconfigurator(twin, folder=tables)
+            if BORROWED.get(row.op.kind, lambda op: True)(row.op)
+        ]
+    if not own and not borrowed:
+        raise MeasurementError(f"hardware: expected one with published tables; got {hardware!r}; measure it yourself")
+    mine = {(row.op.kind, row.op.dtype, row.op.variant) for row in own}
+    theirs = {(row.op.kind, row.op.dtype, row.op.variant) for row in borrowed}
+    return own + borrowed, {key: twin for key in theirs - mine if twin}
+
+
+def fit_published(
+    hardware: HardwareSpec,
+    *,
+    kernels: str | Path | None = None,
+    tables: str | Path | None = None,
+    max_cells: int = COMMITTED_CELLS,
+    draws: int = 64,
+    seed: int = 0,
+) -> OpTimes:
+    """Return op times of ``hardware`` fitted to published tables, with held-out error.
+
+    Raises:
+        MeasurementError: as ``published_measurements``.
+    """
+    rows, transferred = published_measurements(hardware.name, kernels, tables)
+    times = OpTimes.fit(rows, hardware, draws, seed, max_cells=max_cells, min_points=1)
+    for key, origin in transferred.items():
+        times.laws_[key].transferred_from = origin
+    times.provenance = {"method": "published tables; a fifth, the largest and whole sizes held out for the errors"}
+    return times
