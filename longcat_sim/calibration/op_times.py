@@ -250,8 +250,8 @@ class OpTimes:
             name = " ".join(filter(None, (kind, dtype, variant)))
             if answer is None:
                 lines.append(
-                    f"{name}: from the data sheet of {self.hardware.name}, not measured; measured kernels of an H100 take "
-                    f"1.65 times its data sheet's time (median), spread {SHEET_ERROR:.0%}"
+                    f"{name}: from the data sheet of {self.hardware.name}, not measured; kernels of an H100 take 1.65 "
+                    f"times their data-sheet time (measured median), spread {SHEET_ERROR:.0%}"
                 )
             elif answer.spread > 0:
                 law = " ".join(filter(None, answer.law.key))

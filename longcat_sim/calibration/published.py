@@ -63,11 +63,8 @@ def published_measurements(
     borrowed: list[Measurement] = []
     twin = SAME_DIE.get(hardware)
     if twin:
-        borrowed = [
-            row
-            for row in import_aiconfigurator(twin, folder=tables)
-            if BORROWED.get(row.op.kind, lambda op: True)(row.op)
-        ]
+        rows = import_aiconfigurator(twin, folder=tables)
+        borrowed = [row for row in rows if row.op.kind not in BORROWED or BORROWED[row.op.kind](row.op)]
     if not own and not borrowed:
         raise MeasurementError(f"hardware: expected one with published tables; got {hardware!r}; measure it yourself")
     mine = {(row.op.kind, row.op.dtype, row.op.variant) for row in own}

@@ -38,7 +38,4 @@ def transfer_spread(law: FittedLaw, device: Device, dtype: str, variant: str) ->
         parts.append(FEW_POINTS_ERROR)
     if law.variant != variant:
         parts.append(VARIANT_ERROR)
-    return SHEET_ERROR = 0.77
-"""Standard deviation of log(measured / data-sheet roofline), kinds weighted alike: 113,207 H100 points of 15 kinds
-(aiconfigurator-core 0.12.0). The median ratio there is 1.65; the point estimate stays the data sheet's."""
-NORMAL_FROM_MEDIAN * math.hypot(*parts)
+    return NORMAL_FROM_MEDIAN * math.hypot(*parts)

@@ -183,9 +183,8 @@ def import_aiconfigurator(
         candidates = [path for path in (base / family).glob(f"*/{table}.parquet")]
         if not candidates:
             continue
-        version = max(
-            candidates, key=lambda path: path.stat().st_size
-        ).parent  # later versions may hold a few rows only
+        # the fullest version: later ones may hold a few rows only
+        version = max(candidates, key=lambda path: path.stat().st_size).parent
         path = version / f"{table}.parquet"
         source = f"aiconfigurator-core 0.12.0 {SYSTEMS[hardware]}/{family}/{version.name}/{table}"
         columns = {name: values.to_numpy(zero_copy_only=False) for name, values in
