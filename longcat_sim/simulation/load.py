@@ -7,6 +7,7 @@ Arrays are [layers, draws, ranks].
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -186,19 +187,30 @@ def typical_load(
     per_rank = model.n_routed_experts / deployment.ep_size
     if routing.source == "balanced":
         return LayerLoad(mean, mean, np.minimum(per_rank, mean), tokens * spread)
-    anchors = np.unique(np.geomspace(max(tokens.min(), 0.25), max(tokens.max(), 1.0), 9))
-    sent, received, active = [], [], []
-    for anchor in anchors:
-        load = draw_loads(
-            model, deployment, routing, anchor, layers=8, draws=samples // 8, seed=seed, domain=domain, trace=trace
-        )
-        scale = anchor * known.mean
-        sent.append(load.sent.max(axis=2).mean() / scale)
-        received.append(load.received.max(axis=2).mean() / scale)
-        active.append(load.active.max(axis=2).mean())
+    first, last = np.floor(np.log2(max(tokens.min(), 0.25))), np.ceil(np.log2(max(tokens.max(), 1.0)))
+    anchors = 2.0 ** np.arange(first, max(last, first + 1) + 1)
+    ranks = Deployment(num_gpus=deployment.ep_size, ep_size=deployment.ep_size)
+    busiest = _busiest.__wrapped__ if trace is not None else _busiest
+    sent, received, active = zip(
+        *(busiest(model, ranks, routing, float(anchor), samples, seed, trace) for anchor in anchors), strict=True
+    )
     at = np.log(tokens)
     grid = np.log(anchors)
     return LayerLoad(
         mean * np.interp(at, grid, sent), mean * np.interp(at, grid, received), np.interp(at, grid, active),
         tokens * spread * np.interp(at, grid, sent),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _busiest(
+    model: ModelSpec, deployment: Deployment, routing: Routing, tokens: float, samples: int, seed: int, trace: Any
+) -> tuple[float, float, float]:
+    """Return the busiest rank's sent and received copies over the mean, and its active experts; the same for every
+    device and schedule, so it is kept."""
+    load = draw_loads(model, deployment, routing, tokens, layers=8, draws=samples // 8, seed=seed, trace=trace)
+    mean = tokens * popularity(model, routing, layers=8, seed=seed, trace=trace).mean
+    return (
+        float(load.sent.max(axis=2).mean() / mean), float(load.received.max(axis=2).mean() / mean),
+        float(load.active.max(axis=2).mean()),
     )  # fmt: skip

@@ -121,16 +121,19 @@ class Pricer:
             return np.asarray(0.0), ResourceShares(), "datasheet"
 
 
-def build_program(blocks: Sequence[Block], op_times: OpTimesLike, *, draws: int = 1, ranks: int = 1) -> Program:
+def build_program(
+    blocks: Sequence[Block], op_times: OpTimesLike, *, draws: int = 1, ranks: int = 1, pricer: Pricer | None = None
+) -> Program:
     """Return the program of a step's blocks.
 
-    A group is at most ``ranks`` wide: with one rank standing for all, its collectives meet nobody.
+    A group is at most ``ranks`` wide: with one rank standing for all, its collectives meet nobody. Programs of the same
+    blocks may share a ``pricer`` of ``op_times``.
 
     Raises:
         ScheduleError: a schedule that cannot run.
         UnmeasuredOpError: ``op_times`` lacks a kind that the step needs.
     """
-    pricer = Pricer(op_times)
+    pricer = pricer or Pricer(op_times)
     lanes = [COMPUTE]
     for block in blocks:
         lanes += [lane for lane in (block.schedule.lanes if block.schedule else ()) if lane not in lanes]

@@ -24,7 +24,7 @@ from longcat_sim.simulation.contention import ContentionLaw, MeasuredLaw, conten
 from longcat_sim.simulation.lanes import LaneEngine, Timeline
 from longcat_sim.simulation.load import draw_loads, typical_load
 from longcat_sim.simulation.network import check_topology
-from longcat_sim.simulation.program import Program, build_program
+from longcat_sim.simulation.program import Pricer, Program, build_program
 from longcat_sim.simulation.vectorised import run_arrays
 from longcat_sim.specs.scenario import Scenario
 
@@ -290,11 +290,12 @@ def step_seconds_many(
     drafts = scenario.speculative.draft_tokens if phase == "decode" else 0
     blocks = step_graph(model, deployment, size, load, drafts)
     law = law_of(scenario, op_times, contention)
+    pricer = Pricer(op_times)
     cuts = {at: min(block.count, STEADY_LAYERS) for at, block in enumerate(blocks)}
 
     def seconds(layers: dict[int, int]) -> FloatArray:
         cut = [replace(block, count=layers[at]) for at, block in enumerate(blocks)]
-        return _arrays(build_program(cut, op_times, draws=len(batch), ranks=1), law)[0]
+        return _arrays(build_program(cut, op_times, draws=len(batch), ranks=1, pricer=pricer), law)[0]
 
     result = base = seconds(cuts)
     for at, block in enumerate(blocks):
