@@ -22,7 +22,8 @@ DATASHEET_SPREAD = 0.47
 """Standard deviation (log) given to a kind of op that nobody measured.
 
 Source: the gap between ideal and served time per token at one published operating point, 16 against 26 ms
-(LongCat-Flash report, section 6.3.2): ln(26/16) = 0.49, and 0.64 for DeepSeek-V3: 0.45. An order of magnitude, not a fit."""
+(LongCat-Flash report, section 6.3.2): ln(26/16) = 0.49, and 0.64 for DeepSeek-V3: 0.45. An order of magnitude, not a
+fit."""
 
 Sample = Callable[[Mapping[str, int]], Mapping[str, float]]
 
