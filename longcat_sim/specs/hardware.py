@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,13 @@ def load_hardware(name_or_path: str | Path, *, where: str = "") -> HardwareSpec:
         if not found:
             raise unknown_name("hardware", text, hardware_names(), where=where)
         path = found[0]
+    changed = path.stat()
+    return _read_profile(path.resolve(), path.name, changed.st_mtime_ns, changed.st_size)
+
+
+@lru_cache(maxsize=64)
+def _read_profile(path: Path, shown: str, mtime_ns: int, size: int) -> HardwareSpec:
+    """Return the profile in a file; a file that has not changed is read once."""
     document, lines, faults = read_yaml(path)
     if not isinstance(document, dict) or "datasheet" not in document:
         raise SpecError([*faults, f"{path.name}:1: datasheet: expected this section, such as 'datasheet: {{...}}'"])

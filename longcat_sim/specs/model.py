@@ -7,7 +7,7 @@ LongCat-Flash name (``moe_topk``) and also answers to the other (``num_experts_p
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -425,13 +425,23 @@ def model_spec(name_or_path: str | Path, **changes: Any) -> ModelSpec:
     name = str(name_or_path)
     names = model_names()
     if name in names:
-        text = (resources.files("longcat_sim.presets") / "models" / f"{name}.yaml").read_text(encoding="utf-8")
-        raw = yaml.safe_load(text)
-        return _checked(
-            {**fields_of(raw, name), "name": name, "source": str(raw.get("source", "")), **changes}, f"model {name}"
-        )
+        return _packaged(name) if not changes else _read_packaged(name, **changes)
     if Path(name).exists():
         return ModelSpec.from_hf_config(name, **{"name": Path(name).stem, **changes})
     raise SpecError(
         f"model: expected a path to a published config.json or one of {', '.join(names)}; got {name!r}; choose one"
+    )
+
+
+@lru_cache(maxsize=64)
+def _packaged(name: str) -> ModelSpec:
+    """Return a packaged model unchanged, read once."""
+    return _read_packaged(name)
+
+
+def _read_packaged(name: str, **changes: Any) -> ModelSpec:
+    text = (resources.files("longcat_sim.presets") / "models" / f"{name}.yaml").read_text(encoding="utf-8")
+    raw = yaml.safe_load(text)
+    return _checked(
+        {**fields_of(raw, name), "name": name, "source": str(raw.get("source", "")), **changes}, f"model {name}"
     )
