@@ -9,7 +9,7 @@ meituan-longcat/SGLang-FluentLLM ``longcat_flash.py``; shapes follow from the pu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,15 +33,28 @@ class StepSize:
     """Tokens computed per sequence."""
     context: Any
     """Positions that the last of them attends to."""
+    beside: StepSize | None = None
+    """Sequences that decode in the same pass as a prefill (a mixed step): products see the rows of both."""
 
     @property
     def rows(self) -> Any:
         """Tokens computed per GPU."""
-        return self.sequences * self.queries
+        own = self.sequences * self.queries
+        return own if self.beside is None else own + self.beside.rows
+
+    @property
+    def head_rows(self) -> Any:
+        """Rows whose next token is wanted: every one of a decode, the last one of each prompt."""
+        if self.phase == "decode":
+            return self.rows
+        return self.sequences if self.beside is None else self.sequences + self.beside.rows
 
     def part(self, parts: int) -> StepSize:
         """Return one of ``parts`` equal cuts: by sequence."""
-        return self if parts == 1 else StepSize(self.phase, self.sequences / parts, self.queries, self.context)
+        if parts == 1:
+            return self
+        beside = self.beside.part(parts) if self.beside else None
+        return StepSize(self.phase, self.sequences / parts, self.queries, self.context, beside)
 
 
 def gemm(name: str, m: Any, n: int | float, k: int | float, dtype: str) -> Ops:
@@ -68,6 +81,8 @@ def attention(model: ModelSpec, deployment: Deployment, size: StepSize) -> tuple
         proj, core = _mla(model, deployment, size)
     else:
         proj, core = _gqa(model, deployment, size)
+    if size.beside is not None:
+        core = (*_decode_core(model, deployment, size.beside), *core)
     tp, h = deployment.tp_size, model.hidden_size
     if tp > 1:
         whole = {"message_bytes": 2.0 * size.rows * tp * h, "ranks": tp}
@@ -77,6 +92,15 @@ def attention(model: ModelSpec, deployment: Deployment, size: StepSize) -> tuple
         else:
             core = (*core, OpShape("attn all-reduce", "all_reduce", whole, group=tp))
     return proj, core
+
+
+_CORE = frozenset({"absorb k", "index scores", "index top-k", "attention core", "absorb v"})
+
+
+def _decode_core(model: ModelSpec, deployment: Deployment, size: StepSize) -> Ops:
+    """Return what the decoding sequences of a mixed step run on their own: all else they share with the prefill."""
+    parts = (_mla if model.is_mla else _gqa)(model, deployment, size)
+    return tuple(replace(shape, name=f"decode {shape.name}") for part in parts for shape in part if shape.name in _CORE)
 
 
 def _mla(model: ModelSpec, deployment: Deployment, size: StepSize) -> tuple[Ops, Ops]:

@@ -235,7 +235,7 @@ def step_graph(
         )
         moe_layers += (end - start) if kind != "dense" else 0
         start = end
-    head_rows = (size.rows if decode else size.sequences) * tp
+    head_rows = size.head_rows * tp
     blocks.append(_run("head", _head(model, deployment, head_rows)))
     if decode and draft_tokens and model.num_nextn_predict_layers:
         kind = "dense" if model.layer_kind == "longcat" else "moe"

@@ -264,13 +264,15 @@ def _draws_of(load: LayerLoad | None, first: int, count: int) -> LayerLoad | Non
 
 def step_seconds_many(
     scenario: Scenario, op_times: OpTimesLike, sequences: Any, context: Any, *, phase: str = "decode",
-    queries: Any = None, seed: int = 0, contention: str | ContentionLaw = "max_min",
+    queries: Any = None, seed: int = 0, contention: str | ContentionLaw = "max_min", beside_sequences: Any = None,
+    beside_context: Any = None,
 ) -> FloatArray:  # fmt: skip
     """Return the seconds of many steps at once [points]: one busiest rank stands for all, and layers in steady state
     are simulated once.
 
     ``sequences`` are per GPU and may be below 1 (then a step is as long as at 1 row). In prefill ``queries`` are the
-    new tokens of each prompt and ``context`` what its last token attends to.
+    new tokens of each prompt and ``context`` what its last token attends to; ``beside_sequences`` of mean context
+    ``beside_context`` decode in the same pass.
     """
     model, deployment = scenario.model, scenario.deployment
     columns = np.broadcast_arrays(
@@ -279,7 +281,15 @@ def step_seconds_many(
     )  # fmt: skip
     shape = columns[0].shape
     batch, length, new = (np.maximum(column.reshape(-1, 1), 1e-9) for column in columns)
-    size = StepSize(phase, batch, new, np.maximum(length, new))
+    beside = None
+    if beside_sequences is not None:
+        verified = 1.0 + scenario.speculative.draft_tokens
+        decoding, attended = (
+            np.broadcast_to(np.asarray(column, dtype=float), shape).reshape(-1, 1)
+            for column in (beside_sequences, beside_context)
+        )
+        beside = StepSize("decode", decoding, verified, attended)
+    size = StepSize(phase, batch, new, np.maximum(length, new), beside)
     load = None
     if model.num_moe_layers:
         domain = scenario.hardware.scale_up.domain_size if scenario.hardware.scale_up else 1

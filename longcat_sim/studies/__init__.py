@@ -1,0 +1,1 @@
+"""Compose the floors: the only place where measurement, fit, simulation and price meet."""

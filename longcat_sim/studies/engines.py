@@ -1,0 +1,153 @@
+"""Serving engines of a scenario: step times from the step simulator, KV blocks from the memory check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from longcat_sim.errors import MemoryFitError
+from longcat_sim.ops.memory import kv_bytes_per_token, memory
+from longcat_sim.ops.op import FloatArray, OpTimesLike
+from longcat_sim.simulation.serving.cluster import Engine, KvLink
+from longcat_sim.simulation.serving.step_times import StepTimeGrid
+from longcat_sim.simulation.step import step_seconds_many
+from longcat_sim.specs.scenario import Scenario
+from longcat_sim.specs.serve import Pool, Serve
+
+WEIGHT_LOAD_BYTES_PER_S = 5e9
+"""Rate at which a starting replica's GPU gets its weights where the profile has no host link. Assumed."""
+MAX_CONTEXT_TOKENS = 131072
+
+
+@dataclass(frozen=True)
+class StepFunction:
+    """Seconds of a replica's step by (decode batch, mean context, prefill tokens, mean keys per prefill query).
+
+    A mixed step is one pass: its products see the rows of both parts, the prefill core attends for the prompts, and
+    the decode core runs beside it on its own.
+    """
+
+    scenario: Scenario
+    op_times: OpTimesLike
+
+    def __call__(
+        self, batch: FloatArray, context: FloatArray, prefill: FloatArray, keys: FloatArray
+    ) -> FloatArray:  # fmt: skip
+        """Return seconds [N]; sizes are of the whole replica."""
+        gpus = self.scenario.deployment.num_gpus
+        seconds = np.zeros(len(batch))
+        pure = prefill <= 0
+        if pure.any():
+            seconds[pure] = step_seconds_many(
+                self.scenario, self.op_times, batch[pure] / gpus, np.maximum(context[pure], 1.0)
+            )
+        mixed = ~pure
+        if mixed.any():
+            tokens, mean_keys = prefill[mixed], np.maximum(keys[mixed], 1.0)
+            chunk = mean_keys >= (tokens + 1) / 2  # one chunk, perhaps after earlier ones; else several short prompts
+            queries = np.where(chunk, tokens, np.minimum(2 * mean_keys - 1, tokens))
+            attended = np.where(chunk, mean_keys + (tokens - 1) / 2, queries)
+            seconds[mixed] = step_seconds_many(
+                self.scenario, self.op_times, tokens / queries / gpus, attended, phase="prefill", queries=queries,
+                beside_sequences=batch[mixed] / gpus, beside_context=np.maximum(context[mixed], 1.0),
+            )  # fmt: skip
+        return seconds
+
+
+def step_grid(scenario: Scenario, op_times: OpTimesLike, serve: Serve) -> StepTimeGrid:
+    """Return the scenario's step times as a grid that the serving engine looks up."""
+    longest = serve.scheduler.max_model_len or min(MAX_CONTEXT_TOKENS, scenario.model.max_position_embeddings)
+    return StepTimeGrid.from_function(
+        StepFunction(scenario, op_times),
+        max_batch=serve.scheduler.max_num_seqs,
+        max_context=longest,
+        max_prefill_tokens=serve.scheduler.max_num_batched_tokens,
+    )
+
+
+def kv_blocks(scenario: Scenario, serve: Serve) -> int:
+    """Return the KV blocks of one replica: what weights, activations and buffers leave free.
+
+    Raises:
+        MemoryFitError: not one block fits.
+    """
+    deployment, scheduler = scenario.deployment, serve.scheduler
+    rows = scheduler.max_num_batched_tokens / deployment.num_gpus
+    decode = serve.is_disaggregated is False or scenario.step is None or scenario.step.phase == "decode"
+    found = memory(
+        scenario.model, deployment, scenario.hardware, sequences_per_gpu=0.0, tokens_per_sequence=0.0,
+        rows_per_gpu=min(rows, scheduler.max_num_seqs / deployment.num_gpus) if decode and rows > 512 else rows,
+        decode=decode, speculative=scenario.speculative.draft_tokens > 0, routing=scenario.routing,
+    )  # fmt: skip
+    holders = deployment.num_gpus / deployment.tp_size  # ranks of a tensor-parallel group hold the same tokens
+    tokens = found.free_for_kv_bytes / kv_bytes_per_token(scenario.model, deployment) * holders
+    blocks = int(tokens // scheduler.block_tokens)
+    if blocks < 1:
+        short = found.total_bytes - found.capacity_bytes
+        raise MemoryFitError(
+            f"{scenario.where}: serve: expected room for KV cache; weights and buffers take "
+            f"{found.total_bytes / 1e9:.1f} GB of {found.capacity_bytes / 1e9:.1f} GB, {max(short, 0) / 1e9:.1f} GB "
+            "too much; use more GPUs per replica, a larger ep_size or tp_size, or fp8 weights"
+        )
+    return blocks
+
+
+def engine(scenario: Scenario, op_times: OpTimesLike, serve: Serve) -> Engine:
+    """Return one replica of the scenario's deployment."""
+    deployment = scenario.deployment
+    found = memory(
+        scenario.model, deployment, scenario.hardware, sequences_per_gpu=0.0, tokens_per_sequence=0.0,
+        rows_per_gpu=1.0, routing=scenario.routing,
+    )  # fmt: skip
+    weights = sum(size for name, size in found.parts.items() if name.endswith("weights") or "embedding" in name)
+    link = scenario.hardware.host_link
+    return Engine(
+        step_times=step_grid(scenario, op_times, serve),
+        kv_blocks=kv_blocks(scenario, serve),
+        num_gpus=deployment.num_gpus,
+        weight_load_s=weights / (link.bandwidth if link else WEIGHT_LOAD_BYTES_PER_S),
+        kv_bytes_per_token=kv_bytes_per_token(scenario.model, deployment)
+        * (1 if scenario.model.is_mla else deployment.tp_size),
+        num_layers=scenario.model.num_layers,
+    )
+
+
+def pool_scenario(scenario: Scenario, pool: Pool) -> Scenario:
+    """Return the scenario of one pool: unset fields inherit from the whole.
+
+    Raises:
+        SpecError: a pool's deployment or hardware that cannot be used.
+    """
+    changes: dict[str, Any] = {}
+    if pool.hardware is not None:
+        changes["hardware"] = pool.hardware
+    for key, value in (pool.deployment or {}).items():
+        changes[f"deployment.{key}"] = value
+    return scenario.what_if(changes) if changes else scenario
+
+
+def kv_link(scenario: Scenario, serve: Serve) -> KvLink | None:
+    """Return the way from prefill to decode replicas, or None where replicas are shared.
+
+    Raises:
+        SpecError: the hardware has no such link.
+    """
+    if serve.prefill is None or serve.decode is None:
+        return None
+    from longcat_sim.errors import SpecError
+
+    sides = [pool_scenario(scenario, pool) for pool in (serve.prefill, serve.decode)]
+    transfer = serve.kv_transfer
+    narrow = min(sides, key=lambda side: side.deployment.num_gpus)
+    name = "host_link" if transfer.link == "host" else transfer.link
+    link = getattr(narrow.hardware, name)
+    if link is None and transfer.bandwidth is None:
+        raise SpecError(
+            f"{scenario.where}: serve.kv_transfer.link: expected a link that {narrow.hardware.name} has; it has no "
+            f"{name}; add it to the profile, or give kv_transfer.bandwidth, such as 50 GB/s"
+        )
+    bandwidth = transfer.bandwidth or link.bandwidth * narrow.deployment.num_gpus
+    latency = transfer.latency if transfer.latency is not None else (link.latency if link else 0.0)
+    return KvLink(bandwidth, latency, transfer.layer_wise)
