@@ -1,0 +1,171 @@
+"""What a simulation returns: figures with intervals, a table for people, one JSON document, a timeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from longcat_sim.capacity.interval import Interval
+from longcat_sim.records.span import chrome_trace
+from longcat_sim.simulation.serving.simulate import ServingResult
+from longcat_sim.simulation.step import StepResult
+from longcat_sim.specs.scenario import Scenario
+
+# key -> (name for people, unit for people, factor)
+SHOWN: dict[str, tuple[str, str, float]] = {
+    "step_s": ("step", "ms", 1e3),
+    "tpot_s": ("time per output token (TPOT)", "ms", 1e3),
+    "ttft_s": ("time to first token (TTFT), no queue", "ms", 1e3),
+    "tokens_per_s_per_user": ("output rate of one user", "tokens/s", 1.0),
+    "tokens_per_s_per_gpu": ("output rate of one decode GPU (TGS)", "tokens/s", 1.0),
+    "input_tokens_per_s_per_gpu": ("input rate of one prefill GPU", "tokens/s", 1.0),
+    "usd_per_million_output_tokens": ("price of 1M output tokens", "USD", 1.0),
+    "usd_per_million_input_tokens": ("price of 1M input tokens", "USD", 1.0),
+    "compute_s": ("compute", "ms", 1e3),
+    "communication_s": ("communication", "ms", 1e3),
+    "exposed_communication_s": ("exposed communication", "ms", 1e3),
+    "memory_bytes_per_gpu": ("memory per GPU", "GB", 1e-9),
+}
+
+
+def table(rows: list[tuple[str, str, str]]) -> str:
+    """Return aligned lines of (name, figure, unit)."""
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    return "\n".join(f"{name:<{widths[0]}}  {value:>{widths[1]}}  {unit}" for name, value, unit in rows)
+
+
+@dataclass
+class StepOutcome:
+    """One simulated step with the spread of its draws. ``step`` holds the event-by-event run."""
+
+    scenario: Scenario
+    figures: dict[str, Interval]
+    step: StepResult
+    notes: list[str] = field(default_factory=list)
+    extrapolated: bool = False
+
+    def __getitem__(self, key: str) -> Interval:
+        return self.figures[key]
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Return (name, median [p5, p95], unit) of every figure."""
+        return [(SHOWN[key][0], value.show(SHOWN[key][2]), SHOWN[key][1]) for key, value in self.figures.items()]
+
+    def __str__(self) -> str:
+        lines = [f"{self.scenario.name}: {self.scenario.model.name} on {self._fleet()}", "", table(self.rows()), ""]
+        lines.append("where the step's time goes (mean over ranks):")
+        total = self.step.breakdown.step_s
+        parts = [(f"  {n}", f"{s * 1e3:.3f}", f"ms  {s / total:.1%}") for n, s in self.step.breakdown.parts().items()]
+        lines += [table(parts), *(f"note: {note}" for note in self.notes)]
+        return "\n".join(lines)
+
+    def _fleet(self) -> str:
+        deployment = self.scenario.deployment
+        return f"{deployment.num_gpus} x {self.scenario.hardware.name}, EP{deployment.ep_size}, {deployment.overlap}"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        body = "".join(f"<tr><td>{n}</td><td align=right>{v}</td><td>{u}</td></tr>" for n, v, u in self.rows())
+        return f"<b>{self.scenario.name}</b> on {self._fleet()}<table>{body}</table>"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the ``simulate --json`` document of a step."""
+        document: dict[str, Any] = {key: value.to_json() for key, value in self.figures.items()}
+        document["usd_basis"] = "decode_gpus" if "tpot_s" in self.figures else "prefill_gpus"
+        document["scenario"] = self.scenario.name
+        document["draws"] = self.scenario.draws
+        document["extrapolated"] = self.extrapolated
+        document["tags"] = dict(self.step.tags)
+        document["where_the_time_goes_s"] = self.step.breakdown.parts()
+        document["memory_parts_bytes_per_gpu"] = dict(self.step.memory.parts)
+        document["layers"] = self.step.layer_ops()
+        document["notes"] = self.notes
+        return document
+
+    def figure(self) -> Any:
+        """Return the timeline of one layer as a plotly figure."""
+        from longcat_sim.figures.timeline import layer_timeline
+
+        return layer_timeline(self.step)
+
+    def chrome_trace(self) -> dict[str, Any]:
+        """Return the step's spans of a few ranks as a Chrome trace."""
+        ranks = range(min(4, self.step.timeline.program.ranks))
+        return chrome_trace(self.step.spans(ranks=ranks))
+
+
+@dataclass
+class ServeOutcome:
+    """One simulated stretch of traffic, its prices, and the spread over draws."""
+
+    scenario: Scenario
+    run: ServingResult
+    figures: dict[str, Any]
+    intervals: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.figures[key]
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Return (name, figure, unit) of the figures that people ask for first."""
+        got, rows = self.figures, []
+        rows.append(("requests completed", f"{got['completed']} of {got['requests']}", ""))
+        for key, name, unit, factor in (
+            ("ttft_s", "TTFT", "s", 1.0), ("tpot_s", "TPOT", "ms", 1e3), ("e2e_s", "end to end", "s", 1.0),
+        ):  # fmt: skip
+            if got[key] is not None:
+                shown = " / ".join(f"{got[key][at] * factor:.4g}" for at in ("mean", "p50", "p90", "p99"))
+                rows.append((f"{name} mean / p50 / p90 / p99", shown, unit))
+        for key, name, unit in (
+            ("input_tokens_per_s", "input rate", "tokens/s"),
+            ("output_tokens_per_s", "output rate", "tokens/s"),
+            ("goodput_requests_per_s", "goodput within the SLO", "requests/s"),
+            ("prefix_hit_ratio", "prefix cache hits", "of input tokens"),
+            ("gpu_hours", "paid", "GPU-hours"),
+            ("usd_per_million_input_tokens", "price of 1M input tokens", "USD"),
+            ("usd_per_million_cached_input_tokens", "price of 1M cached input tokens", "USD"),
+            ("usd_per_million_output_tokens", "price of 1M output tokens", "USD"),
+            ("usd_per_million_output_tokens_all_in", "whole bill per 1M output tokens", "USD"),
+        ):
+            if got.get(key) is not None:
+                spread = (self.intervals or {}).get(key)
+                shown = f"{got[key]:.4g}"
+                if isinstance(spread, Mapping):
+                    shown += f" [{spread['p5']:.4g}, {spread['p95']:.4g}]"
+                rows.append((name, shown, unit))
+        return rows
+
+    def __str__(self) -> str:
+        lines = [f"{self.scenario.name}: {self.figures['duration_s']:.0f} s of traffic", "", table(self.rows())]
+        if self.figures["unstable"]:
+            rate = self.figures["sustainable_requests_per_s"]
+            lines.append(f"UNSTABLE: the queue grows without bound; about {rate:.3g} requests/s can be kept up")
+        lines += [f"note: {note}" for note in self.notes]
+        lines.append(f"simulated in {self.figures['wall_s']:.2f} s")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        body = "".join(f"<tr><td>{n}</td><td align=right>{v}</td><td>{u}</td></tr>" for n, v, u in self.rows())
+        return f"<b>{self.scenario.name}</b><table>{body}</table>"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the ``simulate --json`` document of a serving run."""
+        document = {**self.figures, "usd_basis": "fleet", "scenario": self.scenario.name, "notes": self.notes}
+        if self.intervals is not None:
+            document["intervals"] = self.intervals
+        return document
+
+    def figure(self) -> Any:
+        """Return TTFT and TPOT over the run as a plotly figure."""
+        from longcat_sim.figures.serving import latency_figure
+
+        return latency_figure(self.run)
+
+    def chrome_trace(self) -> dict[str, Any]:
+        """Return the kept window of steps as a Chrome trace."""
+        return chrome_trace(self.run.spans or [])

@@ -1,0 +1,144 @@
+"""``simulate``: a scenario's step or traffic, with calibrated op times, intervals and prices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from longcat_sim.calibration import OpTimes
+from longcat_sim.capacity.interval import Interval
+from longcat_sim.capacity.price import usd_per_million_tokens
+from longcat_sim.errors import SpecError
+from longcat_sim.ops.op import OpTimesLike
+from longcat_sim.simulation import metrics
+from longcat_sim.simulation.serving.simulate import ServingResult, simulate_serving
+from longcat_sim.simulation.step import StepDraws, simulate_draws, simulate_step, step_size
+from longcat_sim.specs.scenario import Scenario
+from longcat_sim.specs.serve import Serve
+from longcat_sim.studies.engines import StepFunction, engine, kv_link, pool_scenario
+from longcat_sim.studies.fleet_bill import fleet_bill
+from longcat_sim.studies.result import ServeOutcome, StepOutcome
+
+TRACE_WINDOW_S = (0.0, 60.0)
+
+
+def simulate(scenario: Scenario, *, step_by_step: bool = False, keep_spans: bool = False) -> StepOutcome | ServeOutcome:
+    """Return the scenario's step (``step:``) or traffic (``serve:``); where it has both, the traffic.
+
+    Raises:
+        UserError: whatever the model, hardware, deployment or workload does not allow.
+    """
+    if scenario.serve is not None:
+        return simulate_traffic(scenario, step_by_step=step_by_step, keep_spans=keep_spans)
+    if scenario.step is None:
+        raise SpecError(
+            f"{scenario.where}: expected a step: or a serve: section, such as "
+            "--set 'step={phase: decode, sequences_per_gpu: 96, context_tokens: 5000}'; got neither; add one"
+        )
+    return simulate_one_step(scenario, OpTimes.from_hardware(scenario.hardware))
+
+
+def simulate_one_step(scenario: Scenario, op_times: OpTimesLike) -> StepOutcome:
+    """Return the scenario's step: run event by event once, and in every draw for the intervals."""
+    step = simulate_step(scenario, op_times, seed=scenario.seed)
+    if scenario.draws == 1:
+        one = [
+            np.array([value])
+            for value in (step.step_s, step.compute_s, step.communication_s, step.exposed_communication_s)
+        ]
+        draws = StepDraws(*one)
+    else:
+        draws = simulate_draws(scenario, op_times, scenario.draws, seed=scenario.seed)
+    figures = {key: Interval.of(values) for key, values in step_figures(scenario, draws).items()}
+    figures["memory_bytes_per_gpu"] = Interval.of([step.memory.total_bytes])
+    notes = [*step.notes, *_op_notes(op_times, scenario)]
+    extrapolated = any(tag in ("extrapolated", "datasheet") and share > 0.05 for tag, share in step.tags.items())
+    if extrapolated:
+        leaning = ", ".join(f"{tag} {share:.0%}" for tag, share in step.tags.items())
+        notes.append(f"op time by source: {leaning}")
+    return StepOutcome(scenario, figures, step, notes, extrapolated)
+
+
+def step_figures(scenario: Scenario, draws: StepDraws) -> dict[str, Any]:
+    """Return every figure of a step in every draw [draws]."""
+    size, step = step_size(scenario), scenario.step
+    assert step is not None
+    figures: dict[str, Any] = {"step_s": draws.step_s}
+    price, utilisation = scenario.usd_per_gpu_hour, scenario.price.utilisation
+    if step.phase == "decode":
+        tpot = draws.tpot_s(scenario.speculative.tokens_per_step)
+        rate = float(size.sequences) / tpot
+        figures |= {"tpot_s": tpot, "tokens_per_s_per_user": 1 / tpot, "tokens_per_s_per_gpu": rate}
+        key = "usd_per_million_output_tokens"
+    else:
+        # a rate of prompt tokens: cached ones count as served, as the published prefill rates do
+        rate = float(size.sequences) * step.prompt_tokens / draws.step_s
+        figures |= {"ttft_s": draws.step_s, "input_tokens_per_s_per_gpu": rate}
+        key = "usd_per_million_input_tokens"
+    figures[key] = np.array([usd_per_million_tokens(price, float(each), utilisation) for each in rate])
+    figures |= {
+        "compute_s": draws.compute_s,
+        "communication_s": draws.communication_s,
+        "exposed_communication_s": draws.exposed_communication_s,
+    }
+    return figures
+
+
+def _op_notes(op_times: OpTimesLike, scenario: Scenario) -> list[str]:
+    notes = list(op_times.notes()) if hasattr(op_times, "notes") else []
+    assumed = scenario.hardware.assumed
+    if assumed:
+        notes.append(f"hardware {scenario.hardware.name}: assumed, without a source: {', '.join(assumed)}")
+    return notes
+
+
+def simulate_traffic(scenario: Scenario, *, step_by_step: bool = False, keep_spans: bool = False) -> ServeOutcome:
+    """Return the scenario's traffic served once, and once more per draw of calibration and traffic for intervals."""
+    serve = scenario.serve
+    assert serve is not None
+    op_times = OpTimes.from_hardware(scenario.hardware)
+    window = TRACE_WINDOW_S if keep_spans else None
+    run, figures = _serve_once(scenario, serve, None, scenario.seed, step_by_step, window)
+    intervals = None
+    if scenario.draws > 1:
+        drawn = [
+            _serve_once(scenario, serve, draw, scenario.seed + draw, False, None)[1]
+            for draw in range(1, scenario.draws + 1)
+        ]
+        intervals = metrics.intervals(drawn, run.interpolation_error)
+        figures["wall_s"] += sum(each["wall_s"] for each in drawn)
+    notes = _op_notes(op_times, scenario)
+    if run.skipped_rows:
+        notes.append(f"{run.skipped_rows} faulty rows of the trace were skipped: {'; '.join(run.skipped[:3])}")
+    return ServeOutcome(scenario, run, figures, intervals, notes)
+
+
+def _serve_once(
+    scenario: Scenario, serve: Serve, draw: int | None, seed: int, step_by_step: bool,
+    window: tuple[float, float] | None,
+) -> tuple[ServingResult, dict[str, Any]]:  # fmt: skip
+    """Return one run and its figures; ``draw`` picks a draw of the calibration."""
+    pools = {"shared": scenario}
+    if serve.prefill is not None and serve.decode is not None:
+        pools = {"prefill": pool_scenario(scenario, serve.prefill), "decode": pool_scenario(scenario, serve.decode)}
+    times: dict[str, OpTimesLike] = {}
+    for name, part in pools.items():
+        fitted = OpTimes.from_hardware(part.hardware)
+        times[name] = fitted if draw is None else fitted.draw(draw)
+    engines = {name: engine(part, times[name], serve) for name, part in pools.items()}
+    run = simulate_serving(
+        serve, engines if serve.is_disaggregated else engines["shared"], kv_link=kv_link(scenario, serve),
+        acceptance=scenario.speculative.acceptance, seed=seed, step_by_step=step_by_step, trace_window_s=window,
+    )  # fmt: skip
+    figures = run.metrics()
+    steps = {name: StepFunction(part, times[name]) for name, part in pools.items()}
+    made = fleet_bill(run, figures, steps, scenario.usd_per_gpu_hour)
+    figures |= {
+        "usd_per_million_input_tokens": made.usd_per_million_input_tokens,
+        "usd_per_million_cached_input_tokens": made.usd_per_million_cached_input_tokens,
+        "usd_per_million_output_tokens": made.usd_per_million_output_tokens,
+        "usd_per_million_output_tokens_all_in": made.usd_per_million_output_tokens_all_in,
+        "bill_usd": {**made.lines_usd, "total": made.total_usd},
+    }
+    return run, figures
