@@ -203,6 +203,9 @@ class Scheduler(Part):
     prefix_cache: bool = True
     multi_step: Count = 1
     """Forward steps per scheduling decision; their KV slots are reserved ahead."""
+    async_scheduling: bool = False
+    """Decide each step while the one before runs (vLLM's default since v0.14): what arrives or ends during a step
+    counts one step later."""
     max_model_len: Count | None = None
     """Requests whose input and output exceed this are rejected."""
 

@@ -61,6 +61,7 @@ def scenarios(draw: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             "watermark": pick(0.0, 0.02),
             "multi_step": pick(1, 1, 1, 4),
             "prefix_cache": draw(st.booleans()),
+            "async_scheduling": draw(st.booleans()),
         },
         "slo": [{"name": "a", "ttft": "1 s", "priority": 1}, {"name": "b", "priority": 0}],
         "kv_tiers": [{"name": "host", "capacity": "8 MB", "bandwidth": "1 GB/s"}] if draw(st.booleans()) else [],

@@ -150,6 +150,9 @@ class Cluster:
 
     def compose_soon(self, replica: Replica) -> None:
         """Let the replica decide after everything else of this instant: at once, if nothing else is due."""
+        if replica.group is not None:
+            replica.group.compose_soon()
+            return
         now: int = self.env._now  # type: ignore[assignment]
         queue = self.env._queue
         if not queue or queue[0][0] > now:

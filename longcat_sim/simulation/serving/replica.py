@@ -70,6 +70,16 @@ class Replica:
         """Requests whose blocks come from a slower tier, or are on their way to a decode replica; blocks held."""
         self.loading_blocks = 0
         self.resumed: list[int] = []
+        # asynchronous scheduling: what the decision for the coming step could know
+        self.is_async = scheduler.async_scheduling
+        self.cutoff = 1 << 62
+        """Requests queued later than this join one boundary later."""
+        self.ghosts = 0
+        """Sequences that ended in the last step, whose slots and blocks were not yet free at the decision."""
+        self.ghost_blocks = 0
+        self.has_preempted = False
+        self.is_late = False
+        self.group: Any = None
         self.batch = 0
         self.total_context = 0
         self.step = 0
@@ -111,7 +121,8 @@ class Replica:
 
     # -- arrivals -------------------------------------------------------------------------------------------------
     def enqueue(self, request: Request, now: int, at_head: bool = False) -> None:
-        """Put a request into the queue; it joins at the first boundary at or after ``now``."""
+        """Put a request into the queue; it joins at the first boundary at or after ``now`` (or the one after that)."""
+        request.queued = now
         if self.is_priority:
             heappush(self.waiting, (request.priority, request.arrival, request.id, request))
         elif at_head:
@@ -131,7 +142,7 @@ class Replica:
                 at = bisect_left(offsets, since)
             else:
                 at = int(offsets.searchsorted(since))
-            at += 1
+            at += 2 if self.is_async else 1
             if self.multi_step > 1:
                 at += -at % self.multi_step
             if at < self.planned:
@@ -144,6 +155,10 @@ class Replica:
     # -- boundaries -----------------------------------------------------------------------------------------------
     def on_step_end(self, now: int) -> None:
         """Account for what has just been computed, then compose (after whatever else happens at this instant)."""
+        if self.is_async:
+            last = self.planned - self.multi_step
+            self.cutoff = self.started + (int(self.offsets[last - 1]) if last > 0 else 0)
+            self.ghosts = self.ghost_blocks = 0
         if self.phase == MIXED:
             self._end_mixed(now)
         else:
@@ -153,7 +168,10 @@ class Replica:
 
     def compose(self, now: int) -> None:
         """Decide what the next step or run of steps computes, and start it."""
-        self.is_blocked = False
+        self.is_blocked = self.has_preempted = self.is_late = False
+        if self.is_async and not self.num_running and self.group is None:
+            self.cutoff = now  # nothing was left to run: the decision is taken now
+            self.ghosts = self.ghost_blocks = 0
         if self.batch:
             self._make_room(now)
         chunks: list[tuple[Request, int]] = []
@@ -197,7 +215,7 @@ class Replica:
 
     def _fits(self, need: int, steps: int, keep: int = 0) -> bool:
         """Whether ``need`` blocks more than the running ones after ``steps`` steps are free or could be evicted."""
-        room = self.cache.capacity - keep - self._others() - need
+        room = self.cache.capacity - keep - self._others() - need - self.ghost_blocks
         return self._decode_blocks_bound(steps) <= room or self._decode_blocks(steps) <= room
 
     def _evict(self, need: int, steps: int) -> None:
@@ -238,6 +256,9 @@ class Replica:
 
     def _preempt(self, request: Request, now: int) -> None:
         """Throw a running request back to the head of the queue; its tokens will be computed again."""
+        self.has_preempted = True
+        request.queued = now
+        self._cache_own(request)
         if request.done_at != NEVER:
             request.last = now
         self._leave(request)
@@ -292,8 +313,13 @@ class Replica:
             budget -= tokens
             chunks.append((request, tokens))
         waiting = self.waiting
-        while waiting and budget > 0 and self.batch + len(self.prefilling) < self.max_num_seqs:
+        if self.has_preempted:
+            return  # as vLLM: what was just thrown out does not make room for others in the same step
+        while waiting and budget > 0 and self.batch + len(self.prefilling) + self.ghosts < self.max_num_seqs:
             request = waiting[0][3] if self.is_priority else waiting[0]
+            if self.is_async and request.queued > self.cutoff:
+                self.is_late = True
+                return
             tokens = self._admit(request, now, budget)
             if tokens == BLOCKED:
                 self.is_blocked = True
@@ -332,8 +358,8 @@ class Replica:
                     self._evict(more, self.multi_step)
                     self._pop(request, now)
                     request.load_done = hit + more
-                    self.loading[request] = more
-                    self.loading_blocks += more
+                    self.loading[request] = hit + more
+                    self.loading_blocks += hit + more
                     self.cluster.load(self, request, where, now)
                     return 0
         else:
@@ -346,7 +372,7 @@ class Replica:
         if not self._fits(total - hit + match[3], self.multi_step, self.watermark):
             return BLOCKED
         if loaded > 0:
-            self.loading_blocks -= loaded
+            self.loading_blocks -= hit
         else:
             self._hold(request, match)
         self._pop(request, now)
@@ -418,7 +444,8 @@ class Replica:
             pairs += count * before + (count * (count + 1) >> 1)
             tokens += count
         if self.is_detailed:
-            duration = self.times.step_ns(self._contexts(), [(count, r.computed) for r, count in chunks])
+            shapes = [(count, r.computed) for r, count in chunks]
+            duration = self.group.offer(self, shapes) if self.group else self.times.step_ns(self.contexts(), shapes)
         else:
             duration = self.times.mixed_ns(self.batch, self.total_context, tokens, pairs)
             if self.times.is_outside(self.batch, self.total_context, tokens):
@@ -437,6 +464,16 @@ class Replica:
         self.version += 1
         self.steps = [duration]
         self.offsets = [duration]
+        if self.group is None:
+            self._count_stalls(now)
+            self.cluster.end_of_step(self, now + duration)
+
+    def set_duration(self, duration: int, now: int) -> None:
+        """Give the step that was just decided the time that its lockstep group takes."""
+        if self.slowdown != 1.0:
+            duration = round(duration * self.slowdown)
+        self.steps = [duration]
+        self.offsets = [duration]
         self._count_stalls(now)
         self.cluster.end_of_step(self, now + duration)
 
@@ -448,7 +485,7 @@ class Replica:
             self.cluster.gaps.add(first + now - last)
         self.resumed.clear()
 
-    def _contexts(self) -> list[int]:
+    def contexts(self) -> list[int]:
         """Return the context of every decoding sequence."""
         return [self._context_at(r, self.step) for r in self.running if r.done_at != NEVER]
 
@@ -521,13 +558,17 @@ class Replica:
         window = self.multi_step
         if window > 1:
             steps += -steps % window
-        if self.is_step_by_step or self.is_detailed:
+        if (
+            self.is_step_by_step
+            or self.is_detailed
+            or (self.waiting and (self.ghosts or self.is_late or self.has_preempted))
+        ):
             steps = window
         elif self._decode_blocks_bound(steps) + self._others() > self.cache.capacity:
             steps = self._steps_that_fit(steps)
         batch = self.batch
         if self.is_detailed:
-            times = [self.times.step_ns(self._contexts(), ())]
+            times = [self.group.offer(self, ()) if self.group else self.times.step_ns(self.contexts(), ())]
         elif self.is_step_by_step:
             times = self._times_one_by_one(steps)
         elif self.drafts is not None:
@@ -547,9 +588,10 @@ class Replica:
         self.started = now
         self.planned = steps
         self.version += 1
-        if self.resumed:
-            self._count_stalls(now)
-        self.cluster.end_of_step(self, now + end)
+        if self.group is None:
+            if self.resumed:
+                self._count_stalls(now)
+            self.cluster.end_of_step(self, now + end)
 
     def _steps_that_fit(self, most: int) -> int:
         """Return the largest number of steps, ``multi_step`` at least, for which blocks last."""
@@ -631,22 +673,39 @@ class Replica:
         """Let a finished request go: cache its session's run, give its blocks back, write its record."""
         del self.running[request]
         self.active_tokens -= request.prompt
-        if self.has_prefix_cache and request.session != NEVER and request.chain:
-            self._extend_session(request, in_kv)
+        if self.is_async:
+            self.ghosts += 1
+            self.ghost_blocks += (in_kv + self.reserve + self.block_tokens - 1) // self.block_tokens
+        if request.chain and self.has_prefix_cache and type(request.chain[-1][0]) is range:
+            self._extend(request, in_kv)
         self._release(request)
         self.cluster.on_finished(self, request, time)
 
-    def _extend_session(self, request: Request, in_kv: int) -> None:
-        """Cache what the session's next turn will find: its last run, answer included."""
+    def _extend(self, request: Request, in_kv: int) -> None:
+        """Lengthen the last run of a chain by the full blocks of the answer: what a next turn will find."""
         base = sum(len(keys) * unit for keys, unit in request.chain[:-1])
-        keys, unit = request.chain[-1]
+        keys, _ = request.chain[-1]
         end = in_kv // self.block_tokens - base
         if end > len(keys) and request.segment == len(request.chain):
             assert isinstance(keys, range)
-            fresh = range(keys.stop, keys.start + end)
-            request.node, shared = self.cache.insert(fresh, unit, request.node)
+            longer = range(keys.start, keys.start + end)
+            request.node, shared = self.cache.insert(longer[len(keys) :], 1, request.node)
             request.shared += shared
             self.cache.shared += shared
+            request.chain = [*request.chain[:-1], (longer, 1)]
+
+    def _cache_own(self, request: Request) -> None:
+        """Leave the blocks of a preempted request in the prefix cache, where it may find them again."""
+        if not self.has_prefix_cache or request.segment < len(request.chain):
+            return
+        in_kv = request.computed
+        if request.done_at != NEVER:
+            in_kv = self._context_at(request, self.step) - 1
+        if not request.chain or type(request.chain[-1][0]) is not range:
+            first = -(request.id + 1) << 32
+            request.chain = [*request.chain, (range(first, first), 1)]
+            request.segment += 1
+        self._extend(request, in_kv)
 
     # -- loss -----------------------------------------------------------------------------------------------------
     def lose(self, now: int) -> list[Request]:
@@ -686,5 +745,6 @@ class Replica:
         assert len(self.running) == self.num_running
         assert sum(self._context_at(r, self.step) for r in decoding) == self.total_context
         assert sum(self._prompt_blocks(r) for r in self.prefilling) == self.prefill_blocks
-        assert sum(r.shared for r in [*self.running, *self.loading]) == self.cache.shared
+        waiting = [item[3] for item in self.waiting] if self.is_priority else self.waiting
+        assert sum(r.shared for r in [*self.running, *self.loading, *waiting]) == self.cache.shared
         self.cache.check(self._decode_blocks(0) + self.prefill_blocks + self.loading_blocks)

@@ -42,6 +42,7 @@ class Request:
         "preemptions",
         "priority",
         "prompt",
+        "queued",
         "retries",
         "scheduled",
         "segment",
@@ -68,6 +69,7 @@ class Request:
         self.tool = False
         self.retries = 0
         self.preemptions = 0
+        self.queued = arrival
         self.first = self.last = self.scheduled = NEVER
         self.cached = NEVER
         self.generated = 0

@@ -1,0 +1,277 @@
+"""Read an LLMServingSim-style layer profile of one card and turn it into step times of a vLLM v1 engine.
+
+A profile folder holds ``tp<N>/dense.csv`` (layer, tokens, us), ``per_sequence.csv`` (layer, sequences, us),
+``attention.csv`` (prefill chunk, KV before it or mean keys, decode count, decode KV, us), optionally ``skew.csv``
+(decode batches with unequal contexts) and ``moe.csv`` (tokens, activated experts, us). Times are of single kernels,
+measured alone, so that a step is their sum.
+
+Source: casys-kaist/LLMServingSim, documentation of the profiler's output bundle (format only).
+"""
+
+from __future__ import annotations
+
+import csv
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from longcat_sim.errors import MeasurementError
+
+Curve = tuple[list[float], list[float]]
+"""(ascending nodes, values)"""
+
+
+def _bracket(nodes: Sequence[float], x: float) -> tuple[int, float]:
+    """Return (index of the lower node, weight of the upper one); beyond the ends the weight leaves 0..1."""
+    if len(nodes) == 1:
+        return 0, 0.0
+    j = min(max(bisect_right(nodes, x) - 1, 0), len(nodes) - 2)
+    return j, (x - nodes[j]) / (nodes[j + 1] - nodes[j])
+
+
+def interpolate(curve: Curve, x: float) -> float:
+    """Return the piecewise linear value at ``x``; below the first node its value, above the last its last slope."""
+    nodes, values = curve
+    if x <= nodes[0] or len(nodes) == 1:
+        return values[0]
+    j, weight = _bracket(nodes, x)
+    return values[j] + (values[j + 1] - values[j]) * weight
+
+
+def _rows(path: Path, columns: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return the named columns of a CSV file; each may have several names, the first that is there counts.
+
+    Raises:
+        MeasurementError: the file or a column is missing.
+    """
+    if not path.is_file():
+        raise MeasurementError(f"{path}: expected a profile table; there is no such file; is this a profile folder?")
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        at = []
+        for names in columns:
+            found = next((name for name in names if name in header), None)
+            if found is None:
+                raise MeasurementError(
+                    f"{path}:1: expected a column {' or '.join(names)}; got {', '.join(header)}; is this that table?"
+                )
+            at.append(header.index(found))
+        return [[row[i] for i in at] for row in reader if row]
+
+
+def _curves(path: Path, axis: str) -> dict[str, Curve]:
+    points: dict[str, dict[float, float]] = defaultdict(dict)
+    for layer, x, time in _rows(path, (("layer",), (axis,), ("time_us",))):
+        points[layer][float(x)] = float(time)
+    return {layer: (sorted(p), [p[x] for x in sorted(p)]) for layer, p in points.items()}
+
+
+@dataclass
+class AttentionTable:
+    """Attention time by (prefill tokens, mean keys before the chunk, decode count, decode KV), multilinear."""
+
+    chunks: list[float]
+    tables: dict[float, tuple[list[float], dict[float, tuple[list[float], dict[float, Curve]]]]]
+    """prefill tokens -> (nodes of keys before, node -> (decode counts, count -> curve over decode KV))"""
+
+    @classmethod
+    def read(cls, path: Path) -> AttentionTable:
+        """Read ``attention.csv``; ``prefill_key`` (mean keys per query) and ``kv_prefill`` are both understood."""
+        with path.open(encoding="utf-8") as file:
+            header = file.readline()
+        has_keys = "prefill_key" in header
+        columns = [("prefill_chunk",), ("prefill_key", "kv_prefill"), ("n_decode",), ("kv_decode",), ("time_us",)]
+        nested: dict[float, dict[float, dict[float, dict[float, float]]]] = defaultdict(
+            lambda: defaultdict(lambda: defaultdict(dict))
+        )
+        if "decode_q_len" in header:
+            columns.append(("decode_q_len",))
+        for row in _rows(path, columns):
+            chunk, keys, count, kv, time = map(float, row[:5])
+            if len(row) > 5 and float(row[5]) != 1:
+                continue
+            before = keys - chunk / 2 if has_keys else keys
+            nested[chunk][before][count][kv] = time
+        tables = {}
+        for chunk, by_keys in nested.items():
+            full = {k: by_count for k, by_count in by_keys.items() if chunk == 0 or len(by_count) > 1}
+            tables[chunk] = (
+                sorted(full),
+                {
+                    k: (sorted(by_count), {n: (sorted(c), [c[kv] for kv in sorted(c)]) for n, c in by_count.items()})
+                    for k, by_count in full.items()
+                },
+            )
+        return cls(sorted(c for c, (nodes, _) in tables.items() if nodes), tables)
+
+    def us(self, tokens: float, before: float, count: float, kv: float) -> float:
+        """Return the attention time of one layer."""
+        if tokens <= 0:
+            return self._plane(0.0, 0.0, count, kv) if count else 0.0
+        # between no prefill at all and the smallest measured one lies another kernel, not a line
+        nodes = [c for c in self.chunks if c > 0]
+        j, weight = _bracket(nodes, max(tokens, nodes[0]))
+        low = self._plane(nodes[j], before, count, kv)
+        if not weight or len(nodes) == 1:
+            return low
+        return low + (self._plane(nodes[j + 1], before, count, kv) - low) * weight
+
+    def _plane(self, chunk: float, before: float, count: float, kv: float) -> float:
+        nodes, by_keys = self.tables[chunk]
+        j, weight = _bracket(nodes, before)
+        low = self._line(by_keys[nodes[j]], count, kv)
+        if not weight:
+            return low
+        return max(low + (self._line(by_keys[nodes[j + 1]], count, kv) - low) * weight, 0.2 * low)
+
+    @staticmethod
+    def _line(by_count: tuple[list[float], dict[float, Curve]], count: float, kv: float) -> float:
+        counts, curves = by_count
+        j, weight = _bracket(counts, max(count, counts[0]))
+        low = interpolate(curves[counts[j]], kv)
+        if not weight:
+            return low
+        return low + (interpolate(curves[counts[j + 1]], kv) - low) * weight
+
+
+@dataclass
+class SkewTable:
+    """How far the time of unequal contexts lies between that of the mean and that of the longest, 0..1.
+
+    Each measured case gives one share; cases are pooled by prefill size, decode count (nearest power of two) and
+    relative gap, and the median that minimises the relative error of the time is kept.
+    """
+
+    shares: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    GAPS = (0.25, 0.5, 1.0, 2.0)
+    LEAST = 6
+    """Cases that a pool needs; with fewer, the count's pool without regard to gap is used."""
+
+    @staticmethod
+    def _chunk(tokens: float) -> int:
+        return 0 if tokens <= 0 else 1 + int(np.log2(max(tokens, 16.0) / 16) / 2)
+
+    def _key(self, tokens: float, count: float, gap: float) -> tuple[int, int, int]:
+        return self._chunk(tokens), round(float(np.log2(max(count, 1)))), bisect_left(self.GAPS, gap)
+
+    @classmethod
+    def read(cls, path: Path) -> SkewTable:
+        """Read ``skew.csv``; an absent file, or one without controls of its own, corrects nothing.
+
+        Each case was measured with its controls (all contexts at the mean, all at the longest) in one series, so
+        that the share does not depend on how often the series ran each.
+        """
+        table = cls()
+        if not path.is_file():
+            return table
+        try:
+            rows = _rows(path, (("n",), ("pc",), ("t_mean_us",), ("t_max_us",), ("t_skew_us",)))
+        except MeasurementError:
+            return table
+        pools: dict[tuple[int, int, int], list[tuple[float, float]]] = defaultdict(list)
+        for row in rows:
+            count, tokens, low, high, time = map(float, row)
+            if high - low <= 0.02 * low:
+                continue
+            share, weight = (time - low) / (high - low), (high - low) / time
+            chunk, size, gap = table._key(tokens, count, (high - low) / low)
+            pools[chunk, size, gap].append((share, weight))
+            pools[chunk, size, -1].append((share, weight))
+        for key, cases in pools.items():
+            if len(cases) >= cls.LEAST:
+                cases.sort()
+                weights = np.cumsum([weight for _, weight in cases])
+                median = cases[int(np.searchsorted(weights, weights[-1] / 2))][0]
+                table.shares[key] = min(max(median, 0.0), 1.0)
+        return table
+
+    def share(self, tokens: float, count: float, gap: float) -> float:
+        """Return the share for a step; 0 where nothing was measured."""
+        chunk, size, at = self._key(tokens, count, gap)
+        for key in ((chunk, size, at), (chunk, size, -1), (chunk, size - 1, -1), (chunk, size + 1, -1)):
+            if key in self.shares:
+                return self.shares[key]
+        return 0.0
+
+
+@dataclass
+class LayerProfile:
+    """The tables of one tensor-parallel degree."""
+
+    dense: dict[str, Curve]
+    per_sequence: dict[str, Curve]
+    attention: AttentionTable
+    skew: SkewTable
+    moe: dict[int, tuple[list[float], dict[float, Curve]]]
+    """Expert-parallel degree -> (activated experts, count -> curve over tokens)"""
+
+    @classmethod
+    def read(cls, profile: Path, tp_size: int) -> LayerProfile:
+        """Read ``profile/tp<N>``, or ``profile`` itself if it holds the tables.
+
+        Raises:
+            MeasurementError: no tables for this degree, or a table without its columns.
+        """
+        folder = profile / f"tp{tp_size}"
+        if not folder.is_dir():
+            folder = profile
+        if not (folder / "dense.csv").is_file():
+            have = sorted(p.name for p in profile.glob("tp*")) if profile.is_dir() else []
+            raise MeasurementError(
+                f"{profile}: expected tables of tensor parallelism {tp_size} in tp{tp_size}/; got "
+                f"{', '.join(have) or 'none'}; profile that degree on the card"
+            )
+        moe_path = folder / "moe.csv"
+        if not moe_path.is_file():
+            moe_path = profile / "tp1" / "moe.csv"
+        return cls(
+            _curves(folder / "dense.csv", "tokens"),
+            _curves(folder / "per_sequence.csv", "sequences"),
+            AttentionTable.read(folder / "attention.csv"),
+            SkewTable.read(folder / "skew.csv"),
+            _read_moe(moe_path) if moe_path.is_file() else {},
+        )
+
+    def attention_us(self, contexts: Sequence[int], chunks: Sequence[tuple[int, int]]) -> float:
+        """Return the attention time of one layer: decode ``contexts`` and prefill (tokens, tokens before)."""
+        tokens = sum(q for q, _ in chunks)
+        keys = sum(q * (past + q / 2) for q, past in chunks)
+        before = keys / tokens - tokens / 2 if tokens else 0.0
+        count = len(contexts)
+        if not count:
+            return self.attention.us(tokens, before, 0, 0)
+        mean, longest = sum(contexts) / count, max(contexts)
+        low = self.attention.us(tokens, before, count, mean)
+        if count < 2 or longest <= mean * 1.001:
+            return low
+        high = self.attention.us(tokens, before, count, longest)
+        if high <= low:
+            return low
+        return low + self.skew.share(tokens, count, high / low - 1) * (high - low)
+
+    def moe_us(self, ep_size: int, tokens: float, experts: float) -> float:
+        """Return the time of the expert part of one layer for the tokens that one rank sees."""
+        degree = min(self.moe, key=lambda e: abs(e - ep_size))
+        counts, curves = self.moe[degree]
+        j, weight = _bracket(counts, min(max(experts, counts[0]), counts[-1]))
+        low = interpolate(curves[counts[j]], tokens)
+        return low if not weight else low + (interpolate(curves[counts[j + 1]], tokens) - low) * weight
+
+
+def _read_moe(path: Path) -> dict[int, tuple[list[float], dict[float, Curve]]]:
+    with path.open(encoding="utf-8") as file:
+        has_ep = "ep" in file.readline().strip().split(",")
+    columns = [("tokens", "local_tokens"), ("activated_experts",), ("time_us",), *([("ep",)] if has_ep else [])]
+    nested: dict[int, dict[float, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in _rows(path, columns):
+        tokens, experts, time = map(float, row[:3])
+        nested[int(float(row[3])) if has_ep else 1][experts][tokens] = time
+    return {
+        ep: (sorted(by_experts), {e: (sorted(c), [c[t] for t in sorted(c)]) for e, c in by_experts.items()})
+        for ep, by_experts in nested.items()
+    }
