@@ -51,7 +51,7 @@ class LatentCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Allocate the pool for ``max_tokens`` per sequence, or ``num_blocks`` pages in all.
+        """Allocate the pool: ``max_tokens`` reserved for each sequence, or ``num_blocks`` pages taken on demand.
 
         Raises:
             ModelError: neither or both of ``max_tokens`` and ``num_blocks``, or a size below 1.
@@ -70,6 +70,9 @@ class LatentCache:
         self.lengths: list[int] = [0] * num_sequences
         self._pages: list[list[int]] = [[] for _ in range(num_sequences)]
         self._free = list(range(num_blocks))
+        if max_tokens is not None:
+            for slot in range(num_sequences):
+                self.reserve(slot, max_tokens)
 
     @property
     def nbytes(self) -> int:

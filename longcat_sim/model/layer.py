@@ -143,11 +143,13 @@ class Layer(nn.Module):
 
     def ffn0(self, state: LayerState, step: Step) -> None:
         """Run the first dense FFN."""
-        state.h_TH = state.h_TH + self.ffn[0](state.n0_TH)
+        ffn: Any = self.ffn[0]
+        state.h_TH = state.h_TH + ffn(state.n0_TH)
 
     def mla1_proj(self, state: LayerState, step: Step) -> None:
         """Project queries and latents of the second attention block."""
-        x_TH = self.input_norm[1](state.h_TH)
+        norm: Any = self.input_norm[1]
+        x_TH = norm(state.h_TH)
         state.q_TnD, state.latent_TD = self.attention[1].project(x_TH, step.cos_TR, step.sin_TR)
 
     def mla1_core(self, state: LayerState, step: Step) -> None:

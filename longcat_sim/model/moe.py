@@ -15,12 +15,16 @@ from torch import Tensor, nn
 from longcat_sim.model.layers import swiglu
 from longcat_sim.specs.model import ModelSpec
 
+FEW_ROWS = 6
+
 
 class Routing(NamedTuple):
     """Choices of each token: gates times the output scale, fp32 [T, K], and expert ids [T, K]; ids >= E are zero."""
 
     weights_TK: Tensor
     experts_TK: Tensor
+    scores_TE: Tensor | None = None
+    """Softmax over all experts, fp32, kept where gradients are: what balance losses are made of."""
 
 
 class Rows(NamedTuple):
@@ -49,7 +53,8 @@ class Router(nn.Module):
         scores_TE = F.linear(x_TH.float(), self.weight.float()).softmax(-1)
         with torch.no_grad():
             experts_TK = (scores_TE + self.e_score_correction_bias).topk(self.spec.moe_topk, -1, sorted=False).indices
-        return Routing(scores_TE.gather(1, experts_TK) * self.spec.routed_scaling_factor, experts_TK)
+        weights_TK = scores_TE.gather(1, experts_TK) * self.spec.routed_scaling_factor
+        return Routing(weights_TK, experts_TK, scores_TE if scores_TE.requires_grad else None)
 
 
 class Experts(nn.Module):
@@ -78,16 +83,15 @@ class Experts(nn.Module):
         rows and 283 ms with the library's grouped product.
         """
         weights = rows.weight_N.to(x_TH.dtype)[:, None]
-        gate_up, down = self.gate_up.unbind(), self.down.unbind()
         start = 0
         for expert, count in enumerate(counts):
             if not count:
                 continue
             stop = start + count
             token = rows.token_N[start:stop]
-            inner = swiglu(torch.mm(x_TH.index_select(0, token), gate_up[expert].t()))
+            inner = swiglu(_product(x_TH.index_select(0, token), self.gate_up[expert]))
             inner = inner * weights[start:stop] if torch.is_grad_enabled() else inner.mul_(weights[start:stop])
-            out_TH.index_add_(0, token, torch.mm(inner, down[expert].t()))
+            out_TH.index_add_(0, token, _product(inner, self.down[expert]))
             start = stop
         return out_TH
 
@@ -100,6 +104,16 @@ class Experts(nn.Module):
         computed = torch.arange(len(out_NH), device=out_NH.device) < ends_E[-1]
         out_NH = torch.where(computed[:, None], out_NH * rows.weight_N[:, None].to(out_NH.dtype), 0)
         return out_TH.index_add_(0, rows.token_N, out_NH)
+
+
+def _product(x_NK: Tensor, weight_MK: Tensor) -> Tensor:
+    """Return x weight^T; of few rows as (weight x^T)^T, which a CPU's library runs about twice as fast.
+
+    Measured on one core: 2 rows by [512, 512] 59 us against 146 us; 4 rows by [512, 256] 50 us against 116 us.
+    """
+    if 1 < len(x_NK) <= FEW_ROWS and x_NK.device.type == "cpu":
+        return torch.mm(weight_MK, x_NK.t()).t()
+    return torch.mm(x_NK, weight_MK.t())
 
 
 def sort_rows(routing: Routing, num_experts: int) -> Rows:
