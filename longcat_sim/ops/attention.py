@@ -151,6 +151,8 @@ def _mla(model: ModelSpec, deployment: Deployment, size: StepSize) -> tuple[Ops,
         core.append(OpShape("attention core", "attention_prefill", dims, core_dtype))
         absorbed = False
     if absorbed:
+        # the core reads one query tensor: sglang forward_absorb_core joins the absorbed and the rotary part
+        core.insert(-1, elementwise("concat q", rows, heads * (latent + rope)))
         core.append(OpShape("absorb v", "bmm", {"groups": heads, "m": rows, "n": model.v_head_dim, "k": latent}))
     core += gemm("o_proj", rows, h, heads * model.v_head_dim, weights)
     return tuple(proj), tuple(core)

@@ -106,6 +106,7 @@ def moe(model: ModelSpec, deployment: Deployment, size: StepSize, load: LayerLoa
             "experts": model.n_routed_experts + model.zero_expert_num, "top_k": model.moe_topk,
         }, "fp32",
     )  # fmt: skip
+    to_fp32 = elementwise("router cast", rows if ep > 1 else rows * tp, h)  # the router runs in fp32
     grouped = "masked" if mode == "low_latency" else "contiguous"
     width = f if ep > 1 else f / tp  # without expert parallelism the experts are cut like the rest
     received = load.received
@@ -135,7 +136,7 @@ def moe(model: ModelSpec, deployment: Deployment, size: StepSize, load: LayerLoa
     if ep == 1:
         whole = {"message_bytes": 2.0 * rows * tp * h, "ranks": tp}
         combine: Ops = () if tp == 1 else (OpShape("experts all-reduce", "all_reduce", whole, group=tp),)
-        return {"router": (router,), "dispatch": (), "experts": tuple(experts), "combine": combine}
+        return {"router": (to_fp32, router), "dispatch": (), "experts": tuple(experts), "combine": combine}
     copies = load.busiest if mode == "low_latency" or load.fan_out is None else load.fan_out
     sent = message_bytes(copies, h, precision.dispatch)
     returned = message_bytes(copies, h, precision.combine)
@@ -143,7 +144,7 @@ def moe(model: ModelSpec, deployment: Deployment, size: StepSize, load: LayerLoa
     if mode == "normal" and item_bytes(precision.dispatch) <= 1:  # the low-latency kernel casts by itself
         before = (elementwise("dispatch cast", rows, h),)
     return {
-        "router": (router, *before),
+        "router": (to_fp32, router, *before),
         "dispatch": (
             OpShape("dispatch", "dispatch", {"message_bytes": sent, "ranks": ep}, precision.dispatch, mode, ep),
         ),
@@ -181,14 +182,16 @@ def layer_segments(
         }
     else:
         assert load is not None
-        add_inputs = 2 + bool(model.zero_expert_num)  # the zero-computation experts' share is added here
+        add: Ops = (elementwise("add", held, h, 2 + bool(model.zero_expert_num)),)
+        if model.zero_expert_num:  # a kernel of its own in sglang longcat_flash.py (zero_experts_compute)
+            add = (elementwise("zero experts", held, h), *add)
         segments = {
             "mla0": (*proj, *core, after),
             "ffn0": dense_ffn(model, deployment, rows, "ffn0"),
             "mla1_proj": proj,
             "mla1_core": (*core, after),
             "ffn1": dense_ffn(model, deployment, rows, "ffn1"),
-            "add": (elementwise("add", held, h, add_inputs),),
+            "add": add,
             **moe(model, deployment, size, load),
         }
     assert set(segments) == set(LAYER_INPUTS[kind])
@@ -199,7 +202,10 @@ def _layers(
     model: ModelSpec, deployment: Deployment, size: StepSize, kind: str, load: LayerLoad | None, name: str,
     count: int, first: int,
 ) -> Block:  # fmt: skip
-    plan = schedule(deployment.overlap if deployment.ep_size > 1 else "none", kind)
+    overlap = deployment.overlap if deployment.ep_size > 1 else "none"
+    if (overlap, kind, size.phase) == ("tbo", "moe", "prefill"):
+        overlap = "tbo_prefill"
+    plan = schedule(overlap, kind)
     cut = layer_segments(model, deployment, size.part(plan.parts), kind, load.part(plan.parts) if load else None)
     if plan.whole:
         uncut = layer_segments(model, deployment, size, kind, load)
@@ -245,6 +251,7 @@ def step_graph(
                 _embedding(model, rows.rows * tp),
                 norm("draft embedding norm", rows.rows * tp, h),
                 norm("draft hidden norm", rows.rows * tp, h),
+                elementwise("draft concat", rows.rows * tp, 2 * h),
                 *gemm("eh_proj", rows.rows * tp, h, 2 * h, deployment.precision.weights),
             )
             blocks.append(_run("draft input", joined))

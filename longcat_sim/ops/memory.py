@@ -78,7 +78,8 @@ def kv_bytes_per_token(model: ModelSpec, deployment: Deployment) -> float:
 
 def memory(
     model: ModelSpec, deployment: Deployment, hardware: HardwareSpec, *, sequences_per_gpu: Any,
-    tokens_per_sequence: Any, rows_per_gpu: float, decode: bool = True, speculative: bool = False, routing: Routing | None = None,
+    tokens_per_sequence: Any, rows_per_gpu: float, decode: bool = True, speculative: bool = False,
+    routing: Routing | None = None,
 ) -> Memory:  # fmt: skip
     """Return what one GPU holds during a step.
 

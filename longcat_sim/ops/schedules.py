@@ -282,6 +282,20 @@ SCHEDULES: dict[tuple[str, str], Schedule] = {
             },
             parts=2,
         ),
+        # attention and MoE of one micro-batch beside dispatch and combine of the other: DeepSeek-V3 report,
+        # arXiv 2412.19437, section 3.4.1 (prefill; the order above is that of decode)
+        Schedule(
+            "tbo_prefill",
+            "moe",
+            {
+                "compute": (
+                    "attn_proj@1", "attn_core@1", "router@1", "shared@0", "experts@0", "shared@1", "experts@1", "add@0",
+                    "attn_proj@0+1", "attn_core@0+1", "router@0+1", "add@1",
+                ),
+                "communication": ("dispatch@0", "dispatch@1", "combine@0", "combine@1"),
+            },
+            parts=2,
+        ),
         Schedule("none", "dense", {"compute": ("attn_proj", "attn_core", "ffn")}),
         Schedule(
             "tbo", "dense", {"compute": ("attn_proj@0", "attn_core@0", "ffn@0", "attn_proj@1", "attn_core@1", "ffn@1")},
@@ -299,8 +313,8 @@ def schedule(name: str, layer: str) -> Schedule:
     Raises:
         ScheduleError: no such schedule for this kind of layer; lists those there are.
     """
-    if layer == "dense" and name in {other for other, _ in SCHEDULES} - {"tbo"}:
-        name = "none"
+    if layer == "dense" and name in {other for other, _ in SCHEDULES}:
+        name = "tbo" if name.startswith("tbo") else "none"
     if (name, layer) not in SCHEDULES:
         known = ", ".join(sorted({n for n, of in SCHEDULES if of == layer})) or "none"
         raise ScheduleError(f"overlap: expected one of {known} for a {layer} layer; got {name!r}; choose one of these")

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from longcat_sim.ops.op import FloatArray, op
+from longcat_sim.ops.op import KINDS, FloatArray, op
 from longcat_sim.simulation.lanes import Timeline
+from longcat_sim.simulation.program import links_of
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,9 @@ def _floors(items: Any, op_times: Any) -> FloatArray:
 
 
 def _smallest(item: Any, op_times: Any) -> float:
-    from longcat_sim.ops.op import KINDS
-
     dims = {name: 1.0 for name in KINDS[item.kind].dims}
     try:
-        return float(op_times.seconds(op(item.kind, dtype=item.dtype, variant=item.variant, **dims)))
+        gap = float(getattr(links_of(op_times), "kernel_gap_s", 0.0))
+        return gap + float(op_times.seconds(op(item.kind, dtype=item.dtype, variant=item.variant, **dims)))
     except ValueError:  # a kind without a time, such as host, has no floor either
         return 0.0

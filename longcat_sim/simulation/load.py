@@ -145,12 +145,12 @@ def draw_loads(
     mean = tokens * known.mean
     if routing.source == "balanced":
         # every expert of a rank is hit once there are as many copies as experts
-        active = min(experts / ranks, mean)
+        hit = min(experts / ranks, mean)
         full = np.ones((1, 1, 1))
-        return LayerLoad(mean * full, mean * full, active * full, tokens * spread * full)
+        return LayerLoad(mean * full, mean * full, hit * full, tokens * spread * full)
     rng = np.random.default_rng((seed, 2))
     shape = (layers, draws, ranks)
-    sent = np.full(shape, mean)
+    sent: FloatArray = np.full(shape, mean)
     if known.std > 0:
         noise = rng.standard_normal(shape) * known.std * np.sqrt(tokens)
         sent = np.clip(mean + noise, 0.0, tokens * model.moe_topk)

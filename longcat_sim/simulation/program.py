@@ -91,6 +91,14 @@ class Program:
         return Program(self.items, self.lanes, self.order, seconds, self.draws, self.ranks, self.notes)
 
 
+def links_of(op_times: Any) -> Any:
+    """Return what a fit knows of collectives and of the gap between kernels; None for data sheets."""
+    found = getattr(op_times, "_links", None)  # a draw has its own
+    if found is None or callable(found):
+        found = getattr(op_times, "collectives_", None)
+    return found
+
+
 class Pricer:
     """Prices op shapes once each; ops that a profile cannot time but that may be left out cost nothing, with a note."""
 
@@ -99,6 +107,7 @@ class Pricer:
     def __init__(self, op_times: OpTimesLike) -> None:
         self.op_times = op_times
         self.notes: list[str] = []
+        self.gap_s = float(getattr(links_of(op_times), "kernel_gap_s", 0.0))
         self._cache: dict[int, tuple[OpShape, FloatArray, ResourceShares, Tag]] = {}
 
     def price(self, shape: OpShape) -> tuple[FloatArray, ResourceShares, Tag]:
@@ -111,6 +120,8 @@ class Pricer:
         try:
             seconds = shape.seconds(self.op_times)
             typical = shape.typical()
+            if not shape.is_collective and typical.kind != "host":
+                seconds = np.where(seconds > 0, seconds + self.gap_s, seconds)
             return seconds, self.op_times.demand(typical), self.op_times.tag(typical)
         except UnmeasuredOpError as error:
             if shape.kind not in self.OPTIONAL:

@@ -24,7 +24,7 @@ from longcat_sim.simulation.contention import ContentionLaw, MeasuredLaw, conten
 from longcat_sim.simulation.lanes import LaneEngine, Timeline
 from longcat_sim.simulation.load import draw_loads, typical_load
 from longcat_sim.simulation.network import check_topology
-from longcat_sim.simulation.program import Pricer, Program, build_program
+from longcat_sim.simulation.program import Pricer, Program, build_program, links_of
 from longcat_sim.simulation.vectorised import run_arrays
 from longcat_sim.specs.scenario import Scenario
 
@@ -181,15 +181,16 @@ def step_program(
 
 
 def law_of(scenario: Scenario, op_times: OpTimesLike, contention: str | ContentionLaw) -> ContentionLaw:
-    """Return the law to apply: the named one, with what ``op_times`` knows measured (``contention_law_``) over it."""
+    """Return the law to apply: the named one, with what the fit knows as measured over it."""
     law = contention_law(contention)
     if contention == "off":
         return law
-    measured = getattr(op_times, "contention_pairs", None)
-    rates = getattr(op_times, "collective_rates", None)
+    links = links_of(op_times)
     mode = exchange_mode(scenario.step.phase if scenario.step else "decode")
-    beside = {kind: rate for (kind, of), rate in (rates or {}).items() if of == mode}
-    return MeasuredLaw(measured or {}, beside, law) if measured or beside else law
+    known = hasattr(links, "overlap_rates")
+    beside = links.overlap_rates(mode) if known else {}
+    measured = links.contention_pairs(mode) if known else {}
+    return MeasuredLaw(measured, beside, law) if measured or beside else law
 
 
 def simulate_step(

@@ -1,0 +1,384 @@
+"""``CollectiveTimes``: collectives of one device by bytes and ranks, from measured tables, with their error.
+
+Each (kind, variant, ranks) has a curve of seconds over bytes: measured points joined by straight lines (latency plus
+bytes over bandwidth, which may grow with size). Where a table has one size only, the time of an empty message comes
+from another device's sweep of the same kernels. Between rank counts seconds are interpolated in log2(ranks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from longcat_sim.calibration.importers.exchange import Point
+from longcat_sim.calibration.roofline import Roofline
+from longcat_sim.ops.op import FloatArray, Op, OpArrays, ResourceShares, Tag
+from longcat_sim.specs.hardware import HardwareSpec
+
+SPREAD = 0.05
+"""Relative difference of two independent measurements of one table (DeepEP low latency, EP16 to EP64: the authors' and
+pplx-garden docs/fabric-lib.md @2446003)."""
+BORROWED_SPREAD = 0.10
+"""The same where a part of the curve comes from another device (assumed: twice the above)."""
+NORMAL_SMS = 24
+"""SMs that the normal-mode kernels hold. Source: DeepEP docs/legacy.md @dd758ca (V1)."""
+OVERLAP_RATES = {("dispatch", "normal"): 0.57, ("combine", "normal"): 0.77}
+"""Rate of the normal-mode kernels beside compute, of their rate alone: 29 and 39 GB/s in an overlapped training step
+against 51 and 50 GB/s alone, EP64. Source: deepseek-ai/profile-data train.json @4496024 (EP kernel durations)."""
+TRAINING_SMS = 20
+"""SMs that the exchange held in the trace of the rates above and below."""
+BESIDE_EXCHANGE = {"gemm": 0.759, "grouped_gemm": 0.758, "attention_prefill": 0.92}
+"""Rate of compute beside a normal-mode exchange on 20 of 132 SMs, of its rate alone: median over five projections and
+two shared-expert products (854/1125, 1087/1426, 940/1265, 865/1168, 570/751 TFLOP/s), over two grouped products
+(1030/1346, 912/1214), and attention (573/622 TFLOP/s). More than the SMs' share is lost. Source: kernel durations of
+deepseek-ai/profile-data train.json @4496024 against the same shapes alone, DeepGEMM README @55ab91f and InferSim
+@f2293da (attention)."""
+KERNEL_GAP_S, KERNEL_GAP_SPREAD_S = 1.5e-6, 0.5e-6
+"""Time between the end of a kernel and the start of the next one of its stream, which kernel tables (profiler
+durations) leave out: 2.0 us over 857 gaps below 6 us on an H800, in a trace whose durations are cut to whole
+microseconds (half a microsecond each). Source: deepseek-ai/profile-data train.json @4496024."""
+LOCAL_PASSES = 4.0
+"""Passes over device memory of a low-latency exchange on one rank: staging, NIC reads, NIC writes, unpacking."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Seconds over bytes of one (kind, variant, ranks): sorted points, joined by straight lines."""
+
+    kind: str
+    variant: str
+    ranks: int
+    bytes: tuple[float, ...]
+    seconds: tuple[float, ...]
+    sources: tuple[str, ...] = ()
+    borrowed: str = ""
+    """Device whose sweep gave the empty message's time, if not this one."""
+
+    def at(self, size: FloatArray) -> FloatArray:
+        """Return seconds [N]; beyond the last point the last slope goes on, before the first the first."""
+        x, y = np.array(self.bytes), np.array(self.seconds)
+        if len(x) == 1:
+            return np.full(size.shape, y[0])
+        inner = np.interp(size, x, y)
+        last = (y[-1] - y[-2]) / (x[-1] - x[-2])
+        first = max(0.0, (y[1] - y[0]) / (x[1] - x[0]))
+        result = np.where(size > x[-1], y[-1] + last * (size - x[-1]), inner)
+        return np.where(size < x[0], np.maximum(y[0] + first * (size - x[0]), 0.5 * y[0]), result)
+
+    @property
+    def floor_s(self) -> float:
+        """Time of an empty message."""
+        return float(self.at(np.zeros(1))[0])
+
+
+def fit_curves(points: Iterable[Point], empty: Mapping[tuple[str, str], CollectiveTimes | None]) -> list[Curve]:
+    """Return one curve per (kind, variant, ranks).
+
+    ``empty`` gives, per (kind, variant), the times of the device to borrow the empty message from where a table holds
+    one size. Repeated sizes are averaged; a time that falls with size is held (noise of small messages).
+    """
+    grouped: dict[tuple[str, str, int], dict[float, list[float]]] = {}
+    sources: dict[tuple[str, str, int], list[str]] = {}
+    for point in points:
+        key = (point.kind, point.variant, point.ranks)
+        grouped.setdefault(key, {}).setdefault(point.bytes, []).append(point.seconds)
+        sources.setdefault(key, []).append(point.source)
+    curves = []
+    for (kind, variant, ranks), sizes in sorted(grouped.items()):
+        x = sorted(sizes)
+        y = np.maximum.accumulate([float(np.mean(sizes[size])) for size in x]).tolist()
+        borrowed = ""
+        lender = empty.get((kind, variant))
+        if len(x) == 1 and lender is not None:
+            floor = lender.floor_s(kind, variant, ranks)
+            if 0 < floor < y[0]:
+                x, y, borrowed = [0.0, *x], [floor, *y], lender.hardware.name
+        used = tuple(dict.fromkeys(sources[kind, variant, ranks]))
+        curves.append(Curve(kind, variant, ranks, tuple(x), tuple(y), used, borrowed))
+    return curves
+
+
+@dataclass
+class CollectiveTimes:
+    """Times of collectives on one device; what no table holds comes from the data sheet's links."""
+
+    hardware: HardwareSpec
+    curves_: Sequence[Curve]
+    reference: Mapping[str, float] = field(default_factory=dict)
+    """Bandwidths of the links that were measured: what-if links scale against them."""
+    shifts: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    """log(time / fit) of this draw, by kind and variant."""
+    carried_from: str = ""
+    """Device that was measured, if it was another one."""
+    kernel_gap_s: float = KERNEL_GAP_S
+    """Idle time between two kernels of one stream."""
+
+    def __post_init__(self) -> None:
+        self._sheet = Roofline(self.hardware)
+        self._tables: dict[tuple[str, str], list[Curve]] = {}
+        for curve in self.curves_:
+            self._tables.setdefault((curve.kind, curve.variant), []).append(curve)
+        for table in self._tables.values():
+            table.sort(key=lambda c: c.ranks)
+        if not self.reference:
+            self.reference = _links(self.hardware)
+
+    @classmethod
+    def fit(
+        cls, points: Iterable[Point], hardware: HardwareSpec, *, empty_from: CollectiveTimes | None = None
+    ) -> CollectiveTimes:
+        """Return the times of measured points; ``empty_from`` lends empty-message times where a table has one size."""
+        kinds = [("dispatch", "low_latency"), ("combine", "low_latency"), ("dispatch", "normal"), ("combine", "normal")]
+        return cls(hardware, fit_curves(points, dict.fromkeys(kinds, empty_from)))
+
+    @classmethod
+    def from_fit(cls, section: Mapping[str, Any], hardware: HardwareSpec) -> CollectiveTimes:
+        """Return what ``to_fit`` wrote, with the links that ``hardware`` has now."""
+        curves = [
+            Curve(
+                row["kind"], row["variant"], int(row["ranks"]), tuple(row["bytes"]),
+                tuple(us * 1e-6 for us in row["us"]), (section["sources"][row["source"]],), row.get("borrowed", ""),
+            )
+            for row in section["curves"]
+        ]  # fmt: skip
+        gap = float(section["kernel_gap_us"]) * 1e-6
+        return cls(
+            hardware, curves, dict(section["reference"]), carried_from=section.get("carried_from", ""), kernel_gap_s=gap
+        )
+
+    def to_fit(self) -> dict[str, Any]:
+        """Return the ``collectives:`` section of a profile's fit."""
+        sources = list(dict.fromkeys("; ".join(curve.sources) for curve in self.curves_))
+        rows = []
+        for curve in self.curves_:
+            row: dict[str, Any] = {
+                "kind": curve.kind, "variant": curve.variant, "ranks": curve.ranks,
+                "source": sources.index("; ".join(curve.sources)), "bytes": [round(b) for b in curve.bytes],
+                "us": [round(s * 1e6, 2) for s in curve.seconds],
+            }  # fmt: skip
+            if curve.borrowed:
+                row["borrowed"] = curve.borrowed
+            rows.append(row)
+        section: dict[str, Any] = {
+            "reference": dict(self.reference), "kernel_gap_us": round(self.kernel_gap_s * 1e6, 3), "sources": sources,
+            "curves": rows,
+        }  # fmt: skip
+        if self.carried_from:
+            section["carried_from"] = self.carried_from
+        return section
+
+    def carried_to(self, hardware: HardwareSpec, kinds: Iterable[str] | None = None) -> CollectiveTimes:
+        """Return these curves for another device: times scale with its links' bandwidth."""
+        wanted = set(kinds) if kinds is not None else None
+        curves = [curve for curve in self.curves_ if wanted is None or curve.kind in wanted]
+        return CollectiveTimes(hardware, curves, self.reference, carried_from=self.hardware.name)
+
+    def with_curves(self, other: CollectiveTimes) -> CollectiveTimes:
+        """Return these curves and, where they have none, those of ``other``, rescaled to this device's links."""
+        known = set(self._tables)
+        moved = []
+        for curve in other.curves_:
+            if (curve.kind, curve.variant) not in known:
+                seconds = other._seconds(curve.kind, curve.variant, np.array(curve.bytes), curve.ranks)
+                moved.append(replace(curve, seconds=tuple(seconds), borrowed=other.carried_from or other.hardware.name))
+        return CollectiveTimes(self.hardware, [*self.curves_, *moved], _links(self.hardware), self.shifts)
+
+    # -- answering -----------------------------------------------------------------------------------------------
+
+    def floor_s(self, kind: str, variant: str, ranks: float) -> float:
+        """Return the time of an empty message; 0 where nothing is known."""
+        if (kind, variant) not in self._tables:
+            return 0.0
+        return float(self._seconds(kind, variant, np.zeros(1), ranks)[0])
+
+    def seconds(self, op: Op) -> float:
+        """Return the time of one collective with nothing beside it."""
+        arrays = {name: np.array([size]) for name, size in op.dims.items()}
+        return float(self.seconds_many(OpArrays(op.kind, arrays, op.dtype, op.variant))[0])
+
+    def seconds_many(self, ops: OpArrays) -> FloatArray:
+        """Return the times of many collectives of one kind [N]."""
+        if (ops.kind, ops.variant) not in self._tables:
+            return self._sheet.seconds_many(ops)
+        size, ranks = (np.asarray(ops.dims[name], dtype=float) for name in ("message_bytes", "ranks"))
+        size, ranks = np.broadcast_arrays(size, ranks)
+        result = np.empty(size.shape)
+        for group in np.unique(ranks):
+            here = ranks == group
+            result[here] = self._seconds(ops.kind, ops.variant, size[here], float(group)) if group > 1 else 0.0
+        return result * np.exp(self.shifts.get((ops.kind, ops.variant), 0.0))
+
+    def _seconds(self, kind: str, variant: str, size: FloatArray, ranks: float) -> FloatArray:
+        """Return seconds at ``ranks``, interpolated between the tables' rank counts in log2, on this device's links."""
+        table = self._tables[kind, variant]
+        at = np.log2(ranks)
+        known = np.log2([curve.ranks for curve in table])
+        low = int(np.clip(np.searchsorted(known, at, side="right") - 1, 0, len(table) - 1))
+        high = min(low + 1, len(table) - 1)
+        share = 0.0 if high == low else float(np.clip((at - known[low]) / (known[high] - known[low]), 0.0, 1.0))
+        first, second = self._scaled(table[low], size), self._scaled(table[high], size)
+        return first + share * (second - first)
+
+    def _scaled(self, curve: Curve, size: FloatArray) -> FloatArray:
+        """Return the curve with its slope scaled to the link's bandwidth now: bytes take longer on a slower link.
+
+        The part of the slope that the link explains is scaled, the rest (copies, protocol) stays.
+        """
+        seconds = curve.at(size)
+        link = "scale_up" if curve.ranks <= self._domain() else "scale_out"
+        now, then = _links(self.hardware).get(link), self.reference.get(link)
+        if now is None or then is None or now == then:
+            return seconds
+        remote = (curve.ranks - 1) / curve.ranks * (2.0 if curve.kind == "all_reduce" else 1.0)
+        if link == "scale_out":
+            remote = max(0.0, (curve.ranks - self._domain()) / curve.ranks)
+        floor = curve.floor_s
+        achieved = max(0.0, float(curve.at(np.array([curve.bytes[-1]]))[0]) - floor)
+        wire = remote * curve.bytes[-1] / then
+        share = min(1.0, wire / achieved) if achieved > 0 else 0.0  # of the slope at size that is the wire itself
+        efficiency = max(share, 1e-9)
+        extra = remote * size / efficiency * (1.0 / now - 1.0 / then) * share
+        return np.maximum(seconds + extra, floor)
+
+    def _domain(self) -> int:
+        return self.hardware.scale_up.domain_size if self.hardware.scale_up else 1
+
+    def demand(self, op: Op) -> ResourceShares:
+        """Return what a collective uses while it runs alone.
+
+        The normal kernels hold their SMs throughout. The low-latency ones use SMs only to stage and to unpack: the
+        time of an exchange inside one node with the wire taken out, as a share of the whole.
+        """
+        if (op.kind, op.variant) not in self._tables:
+            return self._sheet.demand(op)
+        seconds = self.seconds(op)
+        if seconds <= 0:
+            return ResourceShares()
+        bandwidth = self.hardware.memory_bandwidth
+        outside = op["ranks"] > self._domain()
+        if op.variant == "normal":
+            sm = NORMAL_SMS / (self.hardware.sm_count or 132)
+            passes = 2.0
+        elif op.variant == "low_latency":
+            passes = LOCAL_PASSES
+            staging = self._tables[op.kind, op.variant][0].floor_s + passes * op.message_bytes / bandwidth
+            sm = min(1.0, staging / seconds)
+        else:
+            sm, passes = 16 / (self.hardware.sm_count or 132), 2.0
+        return ResourceShares(
+            sm=sm,
+            memory=min(1.0, passes * op.message_bytes / (bandwidth * seconds)),
+            scale_up=0.0 if outside else 1.0,
+            scale_out=1.0 if outside else 0.0,
+        )
+
+    def overlap_rates(self, variant: str) -> dict[str, float]:
+        """Return measured rates of collectives beside compute, by kind."""
+        known = {kind for kind, of in self._tables if of == variant}
+        return {kind: rate for (kind, of), rate in OVERLAP_RATES.items() if of == variant and kind in known}
+
+    def contention_pairs(self, variant: str) -> dict[tuple[str, str], float]:
+        """Return measured rates of compute kinds beside collectives of a variant, on the SMs that those leave."""
+        if variant != "normal":
+            return {}
+        sms = self.hardware.sm_count or 132
+        left = (sms - NORMAL_SMS) / (sms - TRAINING_SMS * sms / 132)
+        return {
+            (kind, other): rate * left
+            for kind, rate in BESIDE_EXCHANGE.items()
+            for other in self.overlap_rates(variant)
+        }
+
+    def tag(self, op: Op) -> Tag:
+        """Return where the figure comes from."""
+        if (op.kind, op.variant) not in self._tables:
+            return self._sheet.tag(op)
+        table = self._tables[op.kind, op.variant]
+        ranks = [curve.ranks for curve in table]
+        near = min(table, key=lambda c: abs(np.log2(c.ranks / max(op["ranks"], 1.0))))
+        beyond = op.message_bytes > 2 * near.bytes[-1] or not ranks[0] <= op["ranks"] <= ranks[-1]
+        if beyond or self.carried_from or _links(self.hardware) != dict(self.reference):
+            return "extrapolated"
+        if op["ranks"] == near.ranks and op.message_bytes in near.bytes:
+            return "measured"
+        return "interpolated"
+
+    def spread(self, kind: str, variant: str) -> float:
+        """Return the relative error of a kind: independent re-measurement, wider where a curve is partly borrowed."""
+        borrowed = any(curve.borrowed for curve in self._tables.get((kind, variant), ()))
+        return BORROWED_SPREAD if borrowed or self.carried_from else SPREAD
+
+    def draw(self, index: int) -> CollectiveTimes:
+        """Return one draw: each kind shifted by its spread. Equal indices give equal draws."""
+        shifts = {}
+        for number, (kind, variant) in enumerate(sorted(self._tables)):
+            rng = np.random.default_rng([index, number, 7])
+            shifts[kind, variant] = float(rng.normal()) * self.spread(kind, variant)
+        normal = float(np.random.default_rng([index, 11]).normal())
+        gap = max(0.0, self.kernel_gap_s + normal * min(KERNEL_GAP_SPREAD_S, self.kernel_gap_s))
+        return CollectiveTimes(self.hardware, self.curves_, self.reference, shifts, self.carried_from, gap)
+
+
+def _links(hardware: HardwareSpec) -> dict[str, float]:
+    """Return the bandwidth of each link."""
+    found = {"scale_up": hardware.scale_up, "scale_out": hardware.scale_out}
+    return {name: float(link.bandwidth) for name, link in found.items() if link is not None}
+
+
+def leave_one_out(times: CollectiveTimes) -> list[dict[str, Any]]:
+    """Return, per kind and variant, the error of predicting each inner rank count from its neighbours."""
+    rows = []
+    for (kind, variant), table in times._tables.items():
+        errors = []
+        for i in range(1, len(table) - 1):
+            rest = CollectiveTimes(times.hardware, [c for c in table if c is not table[i]], times.reference)
+            size = np.array(table[i].bytes)[np.array(table[i].bytes) > 0]
+            errors += list(rest._seconds(kind, variant, size, table[i].ranks) / table[i].at(size) - 1)
+        if errors:
+            rows.append(
+                {"kind": kind, "variant": variant, "count": len(errors), "median": float(np.median(np.abs(errors))),
+                 "worst": float(np.max(np.abs(errors)))}
+            )  # fmt: skip
+    return rows
+
+
+def collectives_of(path: Any, hardware: HardwareSpec, load: Any) -> CollectiveTimes | None:
+    """Return the times of one hardware from a file of records; None where it has none.
+
+    Single-size tables borrow the empty message from the H200 sweep of the same kernels. Kinds without a table are
+    carried over from the nearest device that has one: NVLink collectives from H100, exchanges from H200 (both with
+    the same NICs). ``load`` returns a HardwareSpec by name.
+    """
+    from longcat_sim.calibration.importers.exchange import READERS, read_points
+
+    if hardware.name not in READERS:
+        return None
+    sweep_of = load("h200-sxm")
+    sweep = CollectiveTimes.fit(read_points(path, "h200-sxm"), sweep_of)
+    own = CollectiveTimes.fit(read_points(path, hardware.name), hardware, empty_from=sweep)
+    if hardware.name in ("h800-sxm", "h100-sxm"):
+        if hardware.name == "h800-sxm":
+            h100 = CollectiveTimes.fit(read_points(path, "h100-sxm"), load("h100-sxm"), empty_from=sweep)
+            nvlink = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+            own = own.with_curves(h100.carried_to(hardware, nvlink))
+        own = own.with_curves(sweep.carried_to(hardware, ("dispatch", "combine")))
+    return own
+
+
+def write_collectives(profile: Any, records: Any, load: Any) -> bool:
+    """Put the collectives that a file of records holds for a profile into its ``fit:``; return whether there are any.
+
+    What else the fit holds stays as it is.
+    """
+    from longcat_sim.calibration.fit_file import SCHEMA, write_fit
+
+    hardware = load(profile)
+    times = collectives_of(records, hardware, load)
+    if times is None:
+        return False
+    fit = dict(hardware.fit) if hardware.fit else {"schema": SCHEMA, "method": "published tables", "laws": []}
+    write_fit(profile, {**fit, "collectives": times.to_fit()})
+    return True
