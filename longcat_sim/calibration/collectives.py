@@ -156,8 +156,8 @@ class CollectiveTimes:
         for curve in self.curves_:
             row: dict[str, Any] = {
                 "kind": curve.kind, "variant": curve.variant, "ranks": curve.ranks,
-                "source": sources.index("; ".join(curve.sources)), "bytes": [round(b) for b in curve.bytes],
-                "us": [round(s * 1e6, 2) for s in curve.seconds],
+                "source": sources.index("; ".join(curve.sources)), "bytes": [round(float(b)) for b in curve.bytes],
+                "us": [round(float(s) * 1e6, 2) for s in curve.seconds],
             }  # fmt: skip
             if curve.borrowed:
                 row["borrowed"] = curve.borrowed
