@@ -8,79 +8,20 @@ a boundary joins that boundary, whatever was put into the event queue first.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import simpy
 
 from longcat_sim.records.span import Span
 from longcat_sim.simulation.serving import draws
-from longcat_sim.simulation.serving.drafts import Drafts
 from longcat_sim.simulation.serving.kv_cache import Tier
+from longcat_sim.simulation.serving.pools import NS, Engine, KvLink, PoolRun
 from longcat_sim.simulation.serving.replica import DECODE, IDLE, Replica
 from longcat_sim.simulation.serving.request import COMPLETED, FAILED, REJECTED, Columns, GapHistogram, Request
-from longcat_sim.specs.serve import Autoscaler, Fault, KvTier, Scheduler, Serve
+from longcat_sim.specs.serve import Autoscaler, Fault, Serve
 
 STEP_END, FAULT, TRANSFER, ARRIVAL, SCALE, COMPOSE = (n << 40 for n in range(6))
-NS = 1_000_000_000
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What one replica of a pool is: its step times and sizes."""
-
-    step_times: Any
-    """A ``StepTimes`` (or ``DetailedStepTimes``)."""
-    kv_blocks: int
-    """KV blocks of ``scheduler.block_tokens``; ``scheduler.num_kv_blocks`` overrides."""
-    num_gpus: int = 1
-    weight_load_s: float = 0.0
-    """From start to ready (cold start, autoscaler)."""
-    kv_bytes_per_token: float = 0.0
-    """Of the whole replica: sizes KV transfers and slower tiers."""
-    num_layers: int = 1
-
-
-@dataclass(frozen=True)
-class KvLink:
-    """The way from a prefill replica to a decode replica."""
-
-    bytes_per_s: float
-    latency_s: float = 0.0
-    layer_wise: bool = True
-
-
-@dataclass
-class PoolRun:
-    """One pool while it runs."""
-
-    name: str
-    engine: Engine
-    scheduler: Scheduler
-    tiers: tuple[KvTier, ...]
-    acceptance: tuple[float, ...]
-    seed: int
-    replicas: list[Replica] = field(default_factory=list)
-    live: list[Replica] = field(default_factory=list)
-    """Replicas that take new requests, by index."""
-    turn: int = 0
-
-    def __post_init__(self) -> None:
-        self.step_times = self.engine.step_times
-        self.kv_blocks = self.scheduler.num_kv_blocks or self.engine.kv_blocks
-        self.is_prefill = self.name == "prefill"
-
-    def make_tiers(self) -> list[Tier]:
-        """Return empty slower tiers for one replica."""
-        block_bytes = self.engine.kv_bytes_per_token * self.scheduler.block_tokens
-        return [
-            Tier(t.name, int(t.capacity / block_bytes), block_bytes / t.bandwidth * 1e9, round(t.latency * NS))
-            for t in self.tiers
-        ]
-
-    def make_drafts(self) -> Drafts | None:
-        """Return the speculative part of one replica."""
-        return Drafts(self.acceptance, self.seed) if self.acceptance and not self.is_prefill else None
 
 
 class Cluster:
@@ -135,7 +76,7 @@ class Cluster:
         event = simpy.Event(self.env)
         event._ok = True
         event._value = None
-        event.callbacks.append(callback)  # type: ignore[union-attr]
+        event.callbacks.append(callback)
         self.env.schedule(event, priority, time - self.env._now)  # type: ignore[arg-type]
 
     def end_of_step(self, replica: Replica, time: int) -> None:
@@ -183,7 +124,7 @@ class Cluster:
             if replica.index < first:
                 self._start(replica, serve.cold_start)
         for fault in serve.faults:
-            self.at(round(fault.at * NS), FAULT, lambda _, fault=fault: self._on_fault(fault))
+            self.at(round(fault.at * NS), FAULT, partial(self._on_fault, fault))
         self.requests = iter(self.source)
         self._next_arrival()
         if scaler:
@@ -396,7 +337,7 @@ class Cluster:
             self._stop(replica)
             replica.version += 1
 
-    def _on_fault(self, fault: Fault) -> None:
+    def _on_fault(self, fault: Fault, _: Any = None) -> None:
         now: int = self.env._now  # type: ignore[assignment]
         end = None if fault.duration is None else now + round(fault.duration * NS)
         if fault.kind == "link_degradation":

@@ -137,10 +137,10 @@ class TraceReader:
             for number, row in _rows(iter(file), workload.format, self.faults):
                 if self.count >= most:
                     return
-                if type(row) is str:
+                if isinstance(row, str):
                     self.faults.add(number, row)
                     continue
-                seconds, input_tokens, output_tokens, rest = row  # type: ignore[misc]
+                seconds, input_tokens, output_tokens, rest = row
                 problem = self._problem(seconds, input_tokens, output_tokens, limit)
                 if problem:
                     self.faults.add(number, problem)
@@ -211,9 +211,9 @@ def trace_lengths(path: str, form: TraceFormat) -> tuple[list[int], list[int]]:
     inputs, outputs = [], []
     with Path(path).open(encoding="utf-8") as file:
         for _, row in _rows(iter(file), form, faults):
-            if type(row) is not str and row[1] > 0 and row[2] > 0:  # type: ignore[operator]
+            if not isinstance(row, str) and row[1] > 0 and row[2] > 0:
                 inputs.append(row[1])
                 outputs.append(row[2])
     if not inputs:
         raise WorkloadError(f"fit: {path} holds no usable row of format {form}; correct the path or the format")
-    return inputs, outputs  # type: ignore[return-value]
+    return inputs, outputs

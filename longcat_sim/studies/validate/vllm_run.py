@@ -159,7 +159,7 @@ def predict(directory: Path) -> tuple[ServingResult, list[dict[str, Any]]]:
     # arrival_time is an epoch clock, the others a monotonic one: the quickest hand-over aligns them
     offset = min(row["queued_ts"] - row["arrival_time"] for row in rows)
     start = min(row["arrival_time"] for row in rows)
-    requests = []
+    requests: list[Request] = []
     for row in sorted(rows, key=lambda r: r["arrival_time"]):
         number = len(requests)
         blocks = int(row["input_toks"]) // BLOCK_TOKENS
