@@ -43,6 +43,10 @@ class ModelError(UserError):
     """Weights, tokens or a cache that the executable model cannot use."""
 
 
+class TrainingError(UserError):
+    """A training run's settings, text or checkpoint that cannot be used."""
+
+
 class ScheduleError(UserError):
     """A schedule with a cycle, a forgotten op, or an overlap that the model does not allow."""
 
