@@ -47,6 +47,8 @@ class Search(Part):
     ttft: Seconds | None = None
     probability: float = Field(default=0.5, gt=0, lt=1)
     """Chance with which the winner must meet the service level, over calibration, routing and model error."""
+    attainment: float = Field(default=0.95, gt=0, lt=1)
+    """Share of the requests of each class of traffic that must be within ``serve.slo``."""
     spare_replicas: int = Field(default=0, ge=0)
     """Replicas of each pool beyond what the traffic needs (1: N+1)."""
     survivors: Count = 50
