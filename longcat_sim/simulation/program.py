@@ -6,7 +6,7 @@ All ranks run the same ops; only durations differ (expert load, stragglers). Arr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -100,28 +100,31 @@ def links_of(op_times: Any) -> Any:
 
 
 class Pricer:
-    """Prices op shapes once each; ops that a profile cannot time but that may be left out cost nothing, with a note."""
+    """Prices op shapes once each; ops that a profile cannot time but that may be left out cost nothing, with a note.
+
+    With ``draws`` of the calibration the seconds are those of every draw [draws, 1] (or [layers, draws, ranks]).
+    """
 
     OPTIONAL = frozenset({"host"})
 
-    def __init__(self, op_times: OpTimesLike) -> None:
-        self.op_times = op_times
+    def __init__(self, op_times: OpTimesLike, draws: Sequence[OpTimesLike] = ()) -> None:
+        self.op_times, self.draws = op_times, draws
         self.notes: list[str] = []
-        self.gap_s = float(getattr(links_of(op_times), "kernel_gap_s", 0.0))
         self._cache: dict[int, tuple[OpShape, FloatArray, ResourceShares, Tag]] = {}
 
     def price(self, shape: OpShape) -> tuple[FloatArray, ResourceShares, Tag]:
-        """Return (seconds alone, shares while it runs alone, tag)."""
+        """Return (seconds alone, the gap before the next kernel included; shares while it runs alone; tag)."""
         if id(shape) not in self._cache:
             self._cache[id(shape)] = (shape, *self._price(shape))
         return self._cache[id(shape)][1:]
 
     def _price(self, shape: OpShape) -> tuple[FloatArray, ResourceShares, Tag]:
         try:
-            seconds = shape.seconds(self.op_times)
+            if self.draws:
+                seconds = self._drawn(shape)
+            else:
+                seconds = _with_gap(shape, shape.seconds(self.op_times), self.op_times)
             typical = shape.typical()
-            if not shape.is_collective and typical.kind != "host":
-                seconds = np.where(seconds > 0, seconds + self.gap_s, seconds)
             return seconds, self.op_times.demand(typical), self.op_times.tag(typical)
         except UnmeasuredOpError as error:
             if shape.kind not in self.OPTIONAL:
@@ -130,6 +133,28 @@ class Pricer:
             if note not in self.notes:
                 self.notes.append(note)
             return np.asarray(0.0), ResourceShares(), "datasheet"
+
+    def _drawn(self, shape: OpShape) -> FloatArray:
+        """Return the seconds of each draw: sizes that differ between draws are taken draw by draw."""
+        columns = []
+        for i, times in enumerate(self.draws):
+            dims = {
+                name: size[:, i : i + 1] if getattr(size, "ndim", 0) == 3 and size.shape[1] > 1 else size
+                for name, size in shape.dims.items()
+            }
+            one = replace(shape, dims=dims)
+            columns.append(_with_gap(shape, one.seconds(times), times))
+        if columns[0].ndim == 3:
+            return np.concatenate(columns, axis=1)
+        return np.stack([column.reshape(1) for column in columns])
+
+
+def _with_gap(shape: OpShape, seconds: FloatArray, op_times: OpTimesLike) -> FloatArray:
+    """Return ``seconds`` with the idle time that follows a kernel; nothing follows an op that launches none."""
+    gap = float(getattr(links_of(op_times), "kernel_gap_s", 0.0))
+    return (
+        seconds if shape.is_collective or shape.kind == "host" or not gap else np.where(seconds > 0, seconds + gap, 0)
+    )
 
 
 def build_program(

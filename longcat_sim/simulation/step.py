@@ -165,7 +165,8 @@ def loads(scenario: Scenario, size: StepSize, *, draws: int, seed: int) -> Layer
 
 
 def step_program(
-    scenario: Scenario, op_times: OpTimesLike, *, draws: int = 1, seed: int = 0, load: LayerLoad | None = None
+    scenario: Scenario, op_times: OpTimesLike, *, draws: int = 1, seed: int = 0, load: LayerLoad | None = None,
+    pricer: Pricer | None = None,
 ) -> Program:  # fmt: skip
     """Return the program of the scenario's step on all ranks of one expert-parallel group.
 
@@ -177,7 +178,7 @@ def step_program(
     load = load or loads(scenario, size, draws=draws, seed=seed)
     blocks = step_graph(scenario.model, scenario.deployment, size, load, scenario.speculative.draft_tokens)
     widest = max(scenario.deployment.ep_size, scenario.deployment.dense_tp, scenario.deployment.tp_size)
-    return build_program(blocks, op_times, draws=draws, ranks=widest)
+    return build_program(blocks, op_times, draws=draws, ranks=widest, pricer=pricer)
 
 
 def law_of(scenario: Scenario, op_times: OpTimesLike, contention: str | ContentionLaw) -> ContentionLaw:
@@ -224,21 +225,16 @@ def simulate_draws(
 ) -> StepDraws:  # fmt: skip
     """Return the step's totals in every draw: routing draws, and with them draws of the calibration where it has them.
 
-    Routing draws are priced together; calibration draws (``op_times.draw(i)``) one by one, so each gets its share of
-    the routing draws.
+    Each draw is one draw of the routing and one of the calibration (``op_times.draw(i)``).
     """
     count = draws or scenario.draws
     size = step_size(scenario)
     check_step(scenario, size)
     drawn = loads(scenario, size, draws=count, seed=seed)
     draw = getattr(op_times, "draw", None) if count > 1 else None
-    per = 1 if draw else count
-    parts = []
-    for first in range(0, count, per):
-        times: OpTimesLike = draw(first) if draw else op_times
-        program = step_program(scenario, times, draws=per, load=_draws_of(drawn, first, per))
-        parts.append(_arrays(program, law_of(scenario, times, contention)))
-    return StepDraws(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    pricer = Pricer(op_times, [draw(i) for i in range(count)] if draw else ())
+    program = step_program(scenario, op_times, draws=count, load=drawn, pricer=pricer)
+    return StepDraws(*_arrays(program, law_of(scenario, op_times, contention)))
 
 
 def _arrays(program: Program, law: ContentionLaw) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
@@ -251,16 +247,6 @@ def _arrays(program: Program, law: ContentionLaw) -> tuple[FloatArray, FloatArra
         rows.append((totals.step_s, totals.compute_s, totals.communication_s, totals.exposed_s))
     step, compute, communication, exposed = (np.array(column) for column in zip(*rows, strict=True))
     return step, compute, communication, exposed
-
-
-def _draws_of(load: LayerLoad | None, first: int, count: int) -> LayerLoad | None:
-    if load is None:
-        return None
-
-    def cut(value: Any) -> Any:
-        return value if value is None or value.shape[1] == 1 else value[:, first : first + count]
-
-    return LayerLoad(cut(load.sent), cut(load.received), cut(load.active), cut(load.fan_out))
 
 
 def step_seconds_many(
