@@ -13,7 +13,18 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_LAZY: dict[str, str] = {}
+_LAZY: dict[str, str] = {
+    "scenario": "longcat_sim.specs.scenario",
+    "scenario_names": "longcat_sim.specs.scenario",
+    "Scenario": "longcat_sim.specs.scenario",
+    "ModelSpec": "longcat_sim.specs.model",
+    "model_spec": "longcat_sim.specs.model",
+    "load_hardware": "longcat_sim.specs.hardware",
+    "hardware_names": "longcat_sim.specs.hardware",
+    "OpTimes": "longcat_sim.calibration.op_times",
+    "simulate": "longcat_sim.studies.simulate",
+    "compare": "longcat_sim.studies.compare",
+}
 
 __all__ = ["__version__"]
 

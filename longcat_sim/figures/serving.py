@@ -11,7 +11,6 @@ MAX_POINTS = 4000
 
 def latency_figure(run: Any) -> Any:
     """Return TTFT and TPOT of each request over its arrival, with running medians. ``run`` is a ``ServingResult``."""
-    import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
     columns = run.records

@@ -1,0 +1,34 @@
+"""``validate``: predictions beside published and measured results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longcat_sim.cli.output import print_json, say
+
+
+def run(
+    section: Annotated[list[str] | None, typer.Option("--section", help="Only this section. Repeatable.")] = None,
+    vllm_run: Annotated[Path | None, typer.Option(help="A recorded engine run: requests.jsonl, meta.json, ...")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Print predictions beside published and measured results."""
+    if vllm_run is not None:
+        from longcat_sim.studies.validate import vllm_run as recorded
+
+        found = recorded.run(vllm_run)
+        if json:
+            print_json(found)
+        else:
+            print(recorded.show(found))
+        return
+    from longcat_sim.studies.validate.sections import run_sections
+
+    sections = run_sections(section or [], progress=say)
+    if json:
+        print_json({each.name: each.to_json() for each in sections})
+    else:
+        print("\n\n".join(str(each) for each in sections))
