@@ -5,12 +5,32 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
 def say(text: str) -> None:
     """Print progress or a remark to stderr."""
     print(text, file=sys.stderr)
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Callable[[str, float, float], None]]:
+    """Yield a callback (what runs, share done, seconds left) that draws a progress bar on stderr."""
+    from tqdm import tqdm
+
+    with tqdm(
+        total=100, desc=title, file=sys.stderr, bar_format="{desc:<34} {percentage:3.0f}% |{bar:30}| {elapsed} {postfix}",
+        disable=None,
+    ) as line:  # fmt: skip
+
+        def tell(what: str, share: float, left_s: float) -> None:
+            line.set_description_str(f"{title}: {what}"[:34], refresh=False)
+            line.set_postfix_str(f"about {max(left_s, 0):.0f} s left", refresh=False)
+            line.update(max(0.0, share * 100 - line.n))
+
+        yield tell
 
 
 def print_json(document: Any) -> None:

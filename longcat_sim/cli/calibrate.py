@@ -1,0 +1,25 @@
+"""``calibrate``: fit operator times to measurements and write them into a hardware profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    measurements: Annotated[Path, typer.Argument(help="A file that `profile` wrote.")],
+    name: Annotated[str, typer.Option(help="Name of the hardware profile.")],
+    out: Annotated[Path | None, typer.Option(help="The profile; hardware_profiles/NAME.yaml where not given.")] = None,
+) -> None:
+    """Fit operator times to measurements and write them into a hardware profile."""
+    from longcat_sim.cli.output import say
+    from longcat_sim.studies.measure import calibrate, error_table
+
+    times = calibrate(measurements, name, out)
+    print(f"{'kind':18} {'dtype':6} {'split':20} {'MAPE':>7} {'90 % covers':>12} {'points':>7}")
+    for kind, dtype, variant, split, mape, coverage, count in error_table(times):
+        covers = "" if coverage is None else f"{coverage:.0%}"
+        print(f"{kind + (' ' + variant if variant else ''):18} {dtype:6} {split:20} {mape:7.1%} {covers:>12} {count:7}")
+    say(f"fit written to {out or f'hardware_profiles/{name}.yaml'}")

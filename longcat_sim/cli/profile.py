@@ -1,0 +1,36 @@
+"""``profile``: time operators, collectives and contention on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longcat_sim.cli.output import bar, say
+
+
+def run(
+    out: Annotated[Path, typer.Option(help="Measurements, JSON Lines; an existing file of this device is resumed.")],
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    suite: Annotated[list[str] | None, typer.Option("--suite", help="Only this suite. Repeatable.")] = None,
+    campaign: Annotated[bool, typer.Option("--campaign", help="All suites at full-size shapes, by value.")] = False,
+    model: Annotated[str | None, typer.Option(help="Take the shapes of this model.")] = None,
+    budget_s: Annotated[float, typer.Option(help="Time box in seconds; what it drops is said.")] = 0.0,
+) -> None:
+    """Time operators, collectives and contention on this machine."""
+    from longcat_sim.profiling.profile import profile
+    from longcat_sim.profiling.suites import SUITES
+
+    if campaign:
+        from longcat_sim.profiling.campaign import run_campaign
+
+        with bar("campaign") as progress:
+            found = run_campaign(out, device=device, budget_s=budget_s or 480.0, progress=progress)
+    else:
+        spec = model or "longcat-cpu-64e"
+        with bar("profile") as progress:
+            found = profile(
+                suite or tuple(SUITES), device, spec, budget_s or 60.0, resume=out, out=out, progress=progress
+            )
+    say(f"{found.summary()}; written to {out}")

@@ -1,0 +1,72 @@
+"""Measure this machine and fit it: what ``profile``, ``calibrate`` and the quickstart share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from longcat_sim.calibration import OpTimes, write_fit
+from longcat_sim.errors import SpecError
+from longcat_sim.records.files import write_text
+from longcat_sim.records.measurement import Environment, load_measurements
+from longcat_sim.specs.hardware import HardwareSpec, hardware_names, load_hardware, profile_folders
+
+
+def calibrate(measurements: Path, name: str, out: Path | None = None, *, draws: int = 64, seed: int = 0) -> OpTimes:
+    """Fit a measurement file and write the fit into a hardware profile; return the fitted times.
+
+    The data sheet is that of ``out``, or of the packaged profile ``name``; for a new name it is measured, which needs
+    the machine that the file is of.
+
+    Raises:
+        MeasurementError: the file cannot be used, or a kind has too few points.
+        SpecError: a new name, and the file is of another machine.
+    """
+    rows = load_measurements(measurements)
+    target = out or Path("hardware_profiles") / f"{name}.yaml"
+    hardware = _sheet(name, target, rows.environment)
+    times = OpTimes.fit(rows, hardware, draws=draws, seed=seed)
+    times.provenance = {"measured_on": rows.environment.device, "date": rows.environment.date, **times.provenance}
+    write_fit(target, times.to_fit())
+    return times
+
+
+def _sheet(name: str, target: Path, environment: Environment) -> HardwareSpec:
+    """Make sure that ``target`` has a data sheet; return it."""
+    if not target.exists():
+        packaged = [folder / f"{name}.yaml" for folder in profile_folders() if (folder / f"{name}.yaml").exists()]
+        if packaged:
+            text = packaged[0].read_text(encoding="utf-8")
+            write_text(target, text.split("\nfit:\n")[0] + "\n")
+        else:
+            write_this_machine(name, target, environment)
+    return load_hardware(target)
+
+
+def write_this_machine(name: str, target: Path, environment: Environment | None = None) -> HardwareSpec:
+    """Write a profile of this machine, its peaks and bandwidth measured; return it.
+
+    Raises:
+        SpecError: ``environment`` is of another device.
+    """
+    from longcat_sim.profiling.environment import here
+    from longcat_sim.profiling.machine import describe_machine, write_machine
+    from longcat_sim.profiling.profile import pick_device
+
+    device = pick_device("cpu" if environment is None or environment.kind == "cpu" else "cuda")
+    found = here(device)
+    if environment is not None and found.device != environment.device:
+        raise SpecError(
+            f"--name {name}: expected a profile with a data sheet, one of {', '.join(hardware_names())}, for the file "
+            f"is of {environment.device!r} and this machine is {found.device!r}; write {target} with a datasheet first"
+        )
+    write_machine(target, describe_machine(name, device))
+    return load_hardware(target)
+
+
+def error_table(times: OpTimes) -> list[tuple[Any, ...]]:
+    """Return (kind, dtype, variant, split, MAPE, coverage, points) of every law and split."""
+    return [
+        (row["kind"], row["dtype"], row["variant"], row["split"], row["mape"], row.get("coverage"), row["count"])
+        for row in times.errors_
+    ]
