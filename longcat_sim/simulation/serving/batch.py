@@ -246,11 +246,11 @@ class Batch:
                 more, where = cache.tier_blocks(request.chain, hit, limit)
                 if more and self._fits(more + match[3], self.multi_step, self.watermark):
                     self._hold(request, match)
-                    self._evict(more, self.multi_step)
                     self._pop(request, now)
                     request.load_done = hit + more
                     self.loading[request] = hit + more
                     self.loading_blocks += hit + more
+                    self._evict(0, self.multi_step)
                     self.cluster.load(self, request, where, now)  # type: ignore[arg-type]
                     return 0
         else:

@@ -89,7 +89,7 @@ class Replica(Batch):
                 at = bisect_left(offsets, since)
             else:
                 at = int(offsets.searchsorted(since))
-            at += 2 if self.is_async else 1
+            at += 1
             if self.multi_step > 1:
                 at += -at % self.multi_step
             if at < self.planned:
