@@ -160,7 +160,9 @@ class Layer(nn.Module):
 
     def ffn1(self, state: LayerState, step: Step) -> None:
         """Run the second dense FFN."""
-        state.h_TH = state.h_TH + self.ffn[1](self.post_norm[1](state.h_TH))
+        norm: Any = self.post_norm[1]
+        ffn: Any = self.ffn[1]
+        state.h_TH = state.h_TH + ffn(norm(state.h_TH))
 
     def add(self, state: LayerState, step: Step) -> None:
         """Join the shortcut."""

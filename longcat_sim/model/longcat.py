@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,8 @@ class LongcatFlash(nn.Module):
         self.mtp = MTPHead(spec, **kw) if mtp else None
         self.rotary = Rotary(spec.qk_rope_head_dim, spec.rope_theta)
         self._routing: list[list[Tensor]] | None = None
+        self.layer_runner: Callable[[Layer, Tensor, Step], Tensor] | None = None
+        """Runs a layer in place of its own order; an expert-parallel run puts itself here."""
         if device.type != "meta":
             self.init_weights(seed)
 
@@ -161,8 +163,9 @@ class LongcatFlash(nn.Module):
     def run_layers(self, tokens_BS: Tensor, step: Step) -> Tensor:
         """Return the normed output of the last layer [T, H]."""
         x_TH = self.embedding(tokens_BS).view(-1, self.spec.hidden_size)
+        layer: Any
         for layer in self.layers:
-            x_TH = layer(x_TH, step)
+            x_TH = layer(x_TH, step) if self.layer_runner is None else self.layer_runner(layer, x_TH, step)
         if self._routing is not None and step.routing is not None:
             self._routing.append(step.routing)
         return self.norm(x_TH)
