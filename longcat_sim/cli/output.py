@@ -21,8 +21,8 @@ def bar(title: str) -> Iterator[Callable[[str, float, float], None]]:
     from tqdm import tqdm
 
     with tqdm(
-        total=100, desc=title, file=sys.stderr, bar_format="{desc:<34} {percentage:3.0f}% |{bar:30}| {elapsed} {postfix}",
-        disable=None,
+        total=100, desc=title, file=sys.stderr, disable=None,
+        bar_format="{desc:<34} {percentage:3.0f}% |{bar:30}| {elapsed} {postfix}",
     ) as line:  # fmt: skip
 
         def tell(what: str, share: float, left_s: float) -> None:

@@ -1,0 +1,140 @@
+"""``quickstart``: the loop of the whole project on one machine, in about two minutes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longcat_sim.calibration import OpTimes, write_fit
+from longcat_sim.errors import UserError
+from longcat_sim.records.files import write_text
+from longcat_sim.records.measurement import save_measurements
+from longcat_sim.specs.hardware import load_hardware
+from longcat_sim.specs.scenario import scenario
+from longcat_sim.studies.measure import write_this_machine
+from longcat_sim.studies.quickstart.checks import decode_steps, held_out_ops, prices, published_rows, traffic
+from longcat_sim.studies.result import ServeOutcome, StepOutcome
+from longcat_sim.studies.validate.section import Section
+
+Progress = Callable[[str, float, float], None]
+MODEL = "longcat-cpu-64e"
+"""What is run here: a LongCat-Flash small enough for two minutes on two cores."""
+PROFILE = "cpu-local"
+STAGES = ("measure", "fit", "steps", "ranks", "simulate", "serve", "report")
+SHARES = (0.0, 0.42, 0.45, 0.62, 0.85, 0.92, 0.97)
+"""Where each stage starts on the progress bar, by its usual time."""
+PROFILE_BUDGET_S = 60.0
+
+
+@dataclass
+class Quickstart:
+    """Everything that the quickstart found."""
+
+    sections: list[Section]
+    step: StepOutcome
+    serving: ServeOutcome
+    op_times: OpTimes
+    out: Path
+    wall_s: float = 0.0
+    stage_s: dict[str, float] = field(default_factory=dict)
+    measured: str = ""
+
+    def __str__(self) -> str:
+        text = "\n\n".join(str(section) for section in self.sections)
+        files = ", ".join(sorted(path.name for path in self.out.iterdir()))
+        return f"{text}\n\n{self.measured}\nwritten to {self.out}: {files}\ntook {self.wall_s:.0f} s"
+
+    def summary(self) -> dict[str, Any]:
+        """Return everything as plain data; units in the keys."""
+        return {
+            "sections": {section.name: section.to_json() for section in self.sections},
+            "simulate": self.step.to_json(),
+            "serve": self.serving.to_json(),
+            "wall_s": self.wall_s,
+            "stage_s": self.stage_s,
+        }
+
+
+def quickstart(out: Path, *, device: str = "auto", progress: Progress | None = None) -> Quickstart:
+    """Measure this machine, fit, check, simulate LongCat-Flash on 128 H800, serve an hour, price; write a report.
+
+    Files appear in ``out`` one whole file at a time: measurements.jsonl, the hardware profile, summary.json,
+    report.html.
+
+    Raises:
+        UserError: a device that this machine does not have, or a folder that cannot be written.
+    """
+    from longcat_sim.profiling.profile import pick_device, profile
+    from longcat_sim.studies.quickstart.report import write_report
+    from longcat_sim.studies.validate import ranks
+
+    began = time.monotonic()
+    stages: dict[str, float] = {}
+
+    def tell(stage: int, what: str, share: float = 0.0) -> None:
+        stages.setdefault(STAGES[stage], time.monotonic() - began)
+        end = SHARES[stage + 1] if stage + 1 < len(SHARES) else 1.0
+        whole = SHARES[stage] + share * (end - SHARES[stage])
+        spent = time.monotonic() - began
+        if progress is not None:
+            progress(what, whole, spent / whole - spent if whole > 0.02 else 150.0)
+
+    place = pick_device(device)
+    _make_folder(out)
+    name = PROFILE if place.type == "cpu" else "cuda-local"
+    tell(0, "describing this machine")
+    write_this_machine(name, out / f"{name}.yaml")
+    measured = profile(
+        device=place, spec=MODEL, budget_s=PROFILE_BUDGET_S,
+        progress=lambda what, share, left: tell(0, f"measuring {what}", share),
+    )  # fmt: skip
+    save_measurements(out / "measurements.jsonl", measured.environment, measured.rows)
+    tell(1, "fitting")
+    hardware = load_hardware(out / f"{name}.yaml")
+    times = OpTimes.fit(measured.rows, hardware)
+    write_fit(out / f"{name}.yaml", times.to_fit())
+    _install(out / f"{name}.yaml", name)
+    sections = [held_out_ops(times)]
+    tell(2, "running decode and prefill steps")
+    sections.append(decode_steps(times, MODEL, place))
+    tell(3, "two ranks, with and without overlap")
+    sections.append(ranks.run(times, quick=True))
+    tell(4, "LongCat-Flash on 128 H800")
+    rows, step = published_rows()
+    sections.append(rows)
+    tell(5, "an hour of traffic")
+    serving = traffic(scenario("longcat-flash-h800-serve", {"draws": 1}))
+    sections.append(prices(step, serving))
+    tell(6, "report")
+    result = Quickstart(sections, step, serving, times, out, measured=measured.summary())
+    result.stage_s = stages
+    result.wall_s = time.monotonic() - began
+    write_text(out / "summary.json", json.dumps(result.summary(), indent=2, default=float) + "\n")
+    write_report(result, measured.rows, out / "report.html")
+    result.wall_s = time.monotonic() - began
+    if progress is not None:
+        progress("done", 1.0, 0.0)
+    return result
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--out: expected a folder that can be written; got {out}: {error}; choose another") from None
+
+
+def _install(profile: Path, name: str) -> None:
+    """Copy the profile to ./hardware_profiles, where scenarios look for it."""
+    folder = Path("hardware_profiles")
+    if folder.is_dir():
+        shutil.copyfile(profile, folder / f".{name}.part")
+        (folder / f".{name}.part").replace(folder / f"{name}.yaml")
