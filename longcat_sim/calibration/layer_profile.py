@@ -255,8 +255,12 @@ class LayerProfile:
         return low + self.skew.share(tokens, count, high / low - 1) * (high - low)
 
     def moe_us(self, ep_size: int, tokens: float, experts: float) -> float:
-        """Return the time of the expert part of one layer for the tokens that one rank sees."""
+        """Return the time of the expert part of one layer for the tokens that one rank sees.
+
+        A table of another degree is read where it has as many token-expert pairs.
+        """
         degree = min(self.moe, key=lambda e: abs(e - ep_size))
+        tokens = tokens * degree / ep_size
         counts, curves = self.moe[degree]
         j, weight = _bracket(counts, min(max(experts, counts[0]), counts[-1]))
         low = interpolate(curves[counts[j]], tokens)

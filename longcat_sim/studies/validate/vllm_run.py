@@ -107,7 +107,7 @@ def _kv_blocks(meta: Mapping[str, Any], config: Mapping[str, Any], model: ModelS
     """Return the KV blocks of one rank: what the engine reported, else the share of memory that weights leave."""
     reported = meta.get("kv_cache") or {}
     if reported.get("num_gpu_blocks"):
-        return int(reported["num_gpu_blocks"])
+        return int(reported["num_gpu_blocks"]) - 1  # vLLM keeps one as the null block
     instances = _instances(config)
     memory = (instances[0].get("npu_mem") if instances else None) or {}
     size, share = memory.get("mem_size", 80), memory.get("mem_util", 0.9)
