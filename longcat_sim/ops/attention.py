@@ -19,6 +19,8 @@ from longcat_sim.specs.deployment import Deployment
 from longcat_sim.specs.model import ModelSpec
 
 Ops = tuple[OpShape, ...]
+PASSES = ("silu", "rope", "concat", "write", "add", "cast")
+"""Variants of elementwise: on a CPU they differ by more than their bytes."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,15 @@ def gemm(name: str, m: Any, n: int | float, k: int | float, dtype: str) -> Ops:
 
 
 def norm(name: str, rows: Any, width: int) -> OpShape:
-    """Return an RMSNorm."""
-    return OpShape(name, "norm", {"rows": rows, "width": width})
+    """Return an RMSNorm; those that open a block carry the residual add before them."""
+    variant = "residual" if name in ("attn norm", "post norm") else ""
+    return OpShape(name, "norm", {"rows": rows, "width": width}, variant=variant)
 
 
 def elementwise(name: str, rows: Any, width: int | float, inputs: int = 1) -> OpShape:
-    """Return a pass over rows."""
-    return OpShape(name, "elementwise", {"rows": rows, "width": width, "inputs": inputs})
+    """Return a pass over rows; its variant is what it does, where the name tells."""
+    variant = next((word for word in PASSES if word in name.split()), "")
+    return OpShape(name, "elementwise", {"rows": rows, "width": width, "inputs": inputs}, variant=variant)
 
 
 def attention(model: ModelSpec, deployment: Deployment, size: StepSize) -> tuple[Ops, Ops]:

@@ -74,6 +74,8 @@ class Schedule:
     lanes: Mapping[str, tuple[str, ...]] = field(hash=False)
     parts: int = 1
     whole: frozenset[str] = frozenset()
+    after: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    """Further waits that the schedule imposes beside the model's: segment -> segments, all their parts."""
 
     def entries(self) -> list[tuple[str, str, int]]:
         """Return (lane, segment, part) of every entry, lane by lane in order."""
@@ -91,6 +93,8 @@ class Schedule:
                 needed += [(name, i) for i in self.parts_of(name)]
             else:
                 needed.append((name, 0 if name in self.whole else part))
+        for name in self.after.get(segment, ()):
+            needed += [(name, i) for i in self.parts_of(name)]
         return needed
 
     def layer_inputs(self, part: int) -> list[At]:
@@ -224,17 +228,19 @@ SCHEDULES: dict[tuple[str, str], Schedule] = {
                 "communication": ("dispatch", "experts", "combine"),
             },
         ),
-        # arXiv 2509.01322v2, section 5 (Fig. 8): the MoE branch in two token chunks, which also overlap each other
+        # arXiv 2509.01322v2, section 5 (Fig. 8): the MoE branch in two token chunks that overlap the dense FFN and each
+        # other; the second MLA, which has an exchange of its own under context parallelism, comes after
         Schedule(
             "chunked",
             "longcat",
             {
                 "compute": (
-                    "mla0", "router", "ffn0", "mla1_proj", "experts@0", "mla1_core", "experts@1", "ffn1", "add",
+                    "mla0", "router", "ffn0", "experts@0", "experts@1", "mla1_proj", "mla1_core", "ffn1", "add",
                 ),
                 "communication": ("dispatch@0", "dispatch@1", "combine@0", "combine@1"),
             },
             parts=2,
+            after={"mla1_proj": ("combine",)},
             whole=frozenset({"mla0", "router", "ffn0", "mla1_proj", "mla1_core", "ffn1", "add"}),
         ),
         # two micro-batches through a ScMoE layer: one's exchange beside the other's dense part

@@ -1,0 +1,91 @@
+"""``Section``: one table of predictions beside published or measured results; text and JSON come from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity: what was predicted, what it is compared with, and the limit that the error must keep."""
+
+    quantity: str
+    unit: str
+    predicted: float
+    measured_or_published: float | None = None
+    error: float | None = None
+    """Signed and relative unless ``error_unit`` says otherwise; found from the two figures where not given."""
+    limit: float | None = None
+    """Largest |error| that passes; None: the row is printed, not judged."""
+    passed: bool | None = None
+    note: str = ""
+    low: float | None = None
+    """5th percentile of the prediction."""
+    high: float | None = None
+    """95th percentile of the prediction."""
+
+    def __post_init__(self) -> None:
+        if self.error is None and self.measured_or_published:
+            object.__setattr__(self, "error", self.predicted / self.measured_or_published - 1)
+        if self.passed is None and self.limit is not None and self.error is not None:
+            object.__setattr__(self, "passed", abs(self.error) <= self.limit)
+
+
+@dataclass
+class Section:
+    """A named table. ``passed`` is None where no row has a limit."""
+
+    name: str
+    title: str
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    skipped: str = ""
+    """Why nothing could be run, such as missing data."""
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether every judged row keeps its limit."""
+        judged = [row.passed for row in self.rows if row.passed is not None]
+        return all(judged) if judged else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the section as plain data."""
+        return {**asdict(self), "passed": self.passed}
+
+    def __str__(self) -> str:
+        """Return the table for people."""
+        lines = [self.title, "-" * len(self.title)]
+        if self.skipped:
+            lines.append(f"skipped: {self.skipped}")
+        if self.rows:
+            lines.append(_line("quantity", "unit", "predicted", "compared with", "error", "limit", ""))
+        for row in self.rows:
+            shown = f"{row.predicted:.4g}"
+            if row.low is not None and row.high is not None:
+                shown += f" [{row.low:.4g}, {row.high:.4g}]"
+            against = "" if row.measured_or_published is None else f"{row.measured_or_published:.4g}"
+            error = "" if row.error is None else f"{row.error:+.1%}"
+            limit = "" if row.limit is None else f"{row.limit:.1%}"
+            verdict = {True: "ok", False: "MISSED", None: ""}[row.passed]
+            lines.append(_line(row.quantity, row.unit, shown, against, error, limit, f"{verdict} {row.note}".strip()))
+        return "\n".join([*lines, *(f"* {note}" for note in self.notes)])
+
+
+def _line(quantity: str, unit: str, predicted: str, against: str, error: str, limit: str, note: str) -> str:
+    return f"{quantity:<46.46} {unit:<12.12} {predicted:>24} {against:>13} {error:>8} {limit:>6}  {note}".rstrip()
+
+
+def worst(rows: Sequence[Row]) -> float:
+    """Return the largest |error| of the rows."""
+    return max((abs(row.error) for row in rows if row.error is not None), default=0.0)
+
+
+def median(rows: Sequence[Row]) -> float:
+    """Return the median |error| of the rows."""
+    errors = sorted(abs(row.error) for row in rows if row.error is not None)
+    if not errors:
+        return 0.0
+    middle = len(errors) // 2
+    return errors[middle] if len(errors) % 2 else (errors[middle - 1] + errors[middle]) / 2
