@@ -11,6 +11,7 @@ VERBS: dict[str, str] = {
     "profile": "Time operators, collectives and contention on this machine.",
     "calibrate": "Fit operator times to measurements and write them into a hardware profile.",
     "simulate": "Simulate a scenario: one step, or an hour of traffic.",
+    "capacity": "Search deployments: the cheapest that keeps the service level, what binds it, and why.",
     "validate": "Print predictions beside published and measured results.",
 }
 

@@ -1,0 +1,123 @@
+"""Why a candidate wins and what binds it: the constraint that ends its batch, the resources its time goes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from longcat_sim.capacity.answer import Survivor
+from longcat_sim.capacity.candidates import search_of
+from longcat_sim.capacity.samples import fast_figures
+from longcat_sim.capacity.screen import OBJECTIVES, Screened, Times
+from longcat_sim.capacity.sensitivity import tornado
+from longcat_sim.capacity.uncertainty import ScaledKinds
+from longcat_sim.specs.scenario import Scenario
+
+
+def binding(
+    screened: Screened, winner: Survivor, scenario: Scenario, op_times: Times, limit_s: float | None
+) -> dict[str, Any]:
+    """Return which constraint ends the winner's batch, and what its step time depends on (elasticities)."""
+    shape = int(screened.shape[winner.at])
+    batch, room = winner.screened["sequences_per_gpu"], screened.room[shape]
+    mine = np.flatnonzero(screened.shape == shape)
+    larger = mine[screened.columns["sequences_per_gpu"][mine] > batch]
+    reached = (winner.figures or {}).get("tpot_s_at_probability", winner.figure("tpot_s"))
+    if limit_s is not None and len(larger) and reached > 0.8 * limit_s:
+        chance = search_of(scenario).probability
+        constraint = "slo.tpot"
+        text = f"the service level: {reached * 1e3:.4g} of {limit_s * 1e3:.4g} ms per token with probability {chance}"
+    elif not len(larger) and batch + 1 > room:
+        constraint, text = "memory", f"memory: at most {room:.0f} sequences per GPU fit"
+    elif not len(larger):
+        constraint, text = "search range", f"the search range: {batch:g} sequences per GPU is its end"
+    else:
+        constraint, text = "none", "nothing ends its batch: a larger one is no better"
+    candidate = screened.scenario(winner.at)
+    elasticities = step_elasticities(candidate, op_times)
+    strongest = max(elasticities, key=lambda name: elasticities[name], default="")
+    shown = ", ".join(
+        f"{name} {share:.0%}" for name, share in sorted(elasticities.items(), key=lambda i: -i[1]) if share >= 0.005
+    )
+    return {
+        "constraint": constraint, "resource": strongest, "step_time_shares": elasticities,
+        "sentence": f"{text}; a step's time goes with {shown}",
+    }  # fmt: skip
+
+
+RESOURCES: Mapping[str, Callable[[str], bool]] = {
+    "compute": lambda path: path.startswith("hardware.peak"),
+    "memory bandwidth": lambda path: path == "hardware.memory_bandwidth",
+    "scale-up link": lambda path: path.startswith("hardware.scale_up"),
+    "scale-out link": lambda path: path.startswith("hardware.scale_out"),
+}
+
+
+def step_elasticities(candidate: Scenario, op_times: Times) -> dict[str, float]:
+    """Return by which share a step shortens per relative improvement of each resource, and of the expert products."""
+
+    def step(of: Scenario) -> dict[str, float]:
+        return {"step_s": fast_figures(of, op_times(of.hardware))["step_s"]}
+
+    known = {f"hardware.{name}" for name in candidate.hardware._figures()}
+    wanted = [p for p in sorted(known) if any(is_of(p) for is_of in RESOURCES.values()) and "domain" not in p]
+    shares = dict.fromkeys(RESOURCES, 0.0)
+    for swing in tornado(candidate, step, "step_s", wanted, by=0.1):
+        for name, is_of in RESOURCES.items():
+            if is_of(swing.path) and swing.elasticity is not None:
+                shares[name] += swing.elasticity if swing.path.endswith("latency") else -swing.elasticity
+    times = op_times(candidate.hardware)
+    slower = fast_figures(candidate, ScaledKinds(times, {"grouped_gemm": 1.1}))["step_s"]
+    shares["experts"] = (slower / fast_figures(candidate, times)["step_s"] - 1) / 0.1
+    return {name: max(0.0, share) for name, share in shares.items()}
+
+
+CHOICES = ("hardware", "num_gpus", "ep_size", "tp_size", "dense_tp", "overlap")
+
+
+def why(screened: Screened, winner: Survivor, scenario: Scenario, feasible: Any) -> list[dict[str, Any]]:
+    """Return, for each choice, the best feasible candidate that chose otherwise and how much worse it is.
+
+    ``feasible`` says which candidates keep the level as safely as the winner [N] (None: all).
+    """
+    objective = search_of(scenario).objective
+    sense = OBJECTIVES[objective]
+    values = screened.columns[objective]
+    allowed = np.ones(len(values), dtype=bool) if feasible is None else feasible
+
+    def choice(shape: int, name: str) -> Any:
+        of = screened.shapes[shape].scenario
+        return of.hardware.name if name == "hardware" else getattr(of.deployment, name)
+
+    mine = int(screened.shape[winner.at])
+    rows = []
+    for name in CHOICES:
+        others = [i for i in range(len(screened.shapes)) if choice(i, name) != choice(mine, name)]
+        at = np.flatnonzero(np.isin(screened.shape, others) & allowed)
+        if not len(at):
+            continue
+        best = int(at[np.argmin(values[at] * sense)])
+        rows.append(
+            {
+                "choice": name, "value": choice(int(screened.shape[best]), name), "instead_of": choice(mine, name),
+                "deployment": screened.shapes[int(screened.shape[best])].label, "objective": objective,
+                "ratio": float(values[best] / values[winner.at]),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def fleet_rate(winner: Survivor, scenario: Scenario) -> dict[str, Any]:
+    """Return what ``max_gpus`` of the winner carry at the service level, spare replicas left out."""
+    search = search_of(scenario)
+    per_replica = int(winner.screened["num_gpus"])
+    replicas = search.max_gpus // per_replica
+    working = max(0, replicas - search.spare_replicas)
+    per_gpu = winner.screened["sequences_per_gpu"] / winner.figure("tpot_s")
+    return {
+        "output_tokens_per_s": working * per_replica * per_gpu, "requests_per_s": None, "replicas": replicas,
+        "spare_replicas": search.spare_replicas, "num_gpus": replicas * per_replica,
+        "concurrent_users": working * per_replica * winner.screened["sequences_per_gpu"],
+    }  # fmt: skip

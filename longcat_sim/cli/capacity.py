@@ -1,0 +1,50 @@
+"""``capacity``: the deployment that answers a scenario's search best, as a table or as JSON."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from longcat_sim.cli.output import print_json, say
+from longcat_sim.specs.scenario import parse_changes
+from longcat_sim.specs.scenario import scenario as load_scenario
+
+
+def run(
+    scenario: Annotated[str, typer.Argument(help="A packaged scenario's name or a YAML file with a search: section.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a figure: path=value. Repeatable.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    dask: Annotated[str | None, typer.Option(help="Simulate on the Dask cluster of this scheduler address.")] = None,
+    processes: Annotated[int, typer.Option(help="Worker processes; 0: one per core.", min=0)] = 0,
+    store: Annotated[Path | None, typer.Option(help="Keep results in this JSON Lines file; resumes from it.")] = None,
+) -> None:
+    """Find the deployment that answers a scenario's search best."""
+    from longcat_sim.capacity.sweep import progress_line
+    from longcat_sim.studies.capacity import capacity
+
+    made = load_scenario(scenario, parse_changes(set_ or []))
+    with _executor(dask, processes) as executor:
+        result = capacity(made, executor, store=store, progress=progress_line("simulated", 2.0, say))
+    if json:
+        print_json(result.to_json())
+    else:
+        print(result)
+
+
+def _executor(dask: str | None, processes: int) -> AbstractContextManager[Any]:
+    """Return the cluster's executor, a pool of processes, or none for one process."""
+    if dask is not None:
+        from longcat_sim.capacity.sweep import dask_executor
+
+        return dask_executor(dask)
+    count = processes or os.cpu_count() or 1
+    if count == 1:
+        return nullcontext()
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    return ProcessPoolExecutor(count, mp_context=get_context("spawn"))
