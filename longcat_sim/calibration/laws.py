@@ -144,10 +144,10 @@ def _prefill_terms(c: Coordinates, dtype: str, device: Device) -> Terms:
 
 
 def _indexer_terms(c: Coordinates, dtype: str, device: Device) -> Terms:
-    pairs = c["queries"] * c["prior"] + c["queries"] * (c["queries"] + 1) / 2
+    pairs = c["queries"] * c["context"]  # context is the queries' mean, where they are causal
     scores = 4.0 * c["batch"] * pairs
-    keys = item_bytes(dtype) * c["batch"] * (c["prior"] + c["queries"]) * c["width"] / 64
-    blocks = c["batch"] * _ceil((c["prior"] + c["queries"]) / 256)
+    keys = item_bytes(dtype) * c["batch"] * c["context"] * c["width"] / 64
+    blocks = c["batch"] * _ceil(c["context"] / 256)
     return Terms(
         [2.0 * c["batch"] * pairs * c["width"], 2.0 * 256 * c["width"] * _waves(blocks, device)],
         [keys, scores],
@@ -241,8 +241,8 @@ LAWS: dict[str, Law] = {
         compute_bound=True,
     ),
     "indexer": Law(
-        ("batch", "queries", "prior", "width"),
-        lambda d: (d["batch"], d["queries"], d["context"] - d["queries"], d["heads"] * d["dim"]),
+        ("batch", "queries", "context", "width"),
+        lambda d: (d["batch"], d["queries"], d["context"], d["heads"] * d["dim"]),
         _indexer_terms,
         compute_bound=True,
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -92,11 +92,13 @@ class OpTimes:
         max_cells: int = 24000,
         held_out: bool = True,
         min_points: int = MIN_POINTS,
+        statistic: Literal["median", "p10"] = "median",
     ) -> OpTimes:
         """Return op times fitted to measurements of ops alone; collectives and overlapped points are left to others.
 
         With ``held_out`` the error on three splits is found too (``errors_``), and from it the intervals. A law with
         fewer than ``MIN_POINTS`` distinct sizes (allowed by a lower ``min_points``) learns an efficiency and no more.
+        ``statistic`` is what is predicted: the median time, or the 10th percentile (a machine without its neighbours).
 
         Raises:
             MeasurementError: a kind has too few points (says how many it has and needs), or nothing can be fitted.
@@ -119,7 +121,7 @@ class OpTimes:
         laws = {}
         for number, (key, rows) in enumerate(sorted(grouped.items())):
             rng = np.random.default_rng([seed, number])
-            coordinates, seconds = points_of(key[0], rows)
+            coordinates, seconds = points_of(key[0], rows, statistic)
             device = device_of(hardware, key[1])
             law = FittedLaw.fit(key, coordinates, seconds, device, max_cells=max_cells, rng=rng)
             law.provenance = tuple(sorted({row.source for row in rows if row.source}))
@@ -279,16 +281,19 @@ class OpTimes:
             found, reduce = [law for law in self.laws_.values() if law.kind == "elementwise"], PASSES[kind]
         if not found:
             return None
-        law = min(found, key=lambda law: (law.variant != variant, law.dtype != dtype, -law.count_))
+        law = min(found, key=lambda law: (law.variant != variant, law.variant != "", law.dtype != dtype, -law.count_))
         try:
-            device = device_of(self.hardware, dtype)
             same = device_of(self.hardware, law.dtype)
         except SpecError as error:
             raise UnmeasuredOpError(
                 f"hardware {self.hardware.name}: {kind} in {dtype}: not measured, and {error}"
             ) from None
+        try:
+            device = device_of(self.hardware, dtype)
+        except SpecError:  # the device has no such type: it computes in the one that was measured
+            device, dtype = same, law.dtype
         spread = transfer_spread(law, same, dtype, variant)
-        carried = law.kind != kind or law.dtype != dtype or law.variant != variant
+        carried = law.kind != kind or law.dtype != dtype or law.variant not in ("", variant)
         best: Tag = "extrapolated" if carried or spread > 0 else "interpolated" if law.transferred_from else "measured"
         return _Answer(law, law.table(device, dtype), device, dtype, best, reduce, spread)
 
@@ -322,9 +327,11 @@ def _broadcast(parts: tuple[Any, ...], length: int) -> list[FloatArray]:
     return [np.broadcast_to(np.asarray(part, dtype=float), (length,)) for part in parts]
 
 
-def points_of(kind: str, rows: Sequence[Measurement]) -> tuple[tuple[FloatArray, ...], FloatArray]:
-    """Return the coordinates and median seconds of measurements of one kind."""
+def points_of(
+    kind: str, rows: Sequence[Measurement], statistic: Literal["median", "p10"] = "median"
+) -> tuple[tuple[FloatArray, ...], FloatArray]:
+    """Return the coordinates and seconds of measurements of one kind."""
     names = KINDS[kind].dims
     sizes = np.array([row.op.sizes for row in rows])
     coordinates = LAWS[kind].reduce({name: sizes[:, i] for i, name in enumerate(names)})
-    return tuple(_broadcast(coordinates, len(rows))), np.array([row.median_s for row in rows])
+    return tuple(_broadcast(coordinates, len(rows))), np.array([getattr(row, f"{statistic}_s") for row in rows])

@@ -62,9 +62,8 @@ def rising(values: FloatArray) -> FloatArray:
 
     for axis in range(values.ndim):
         moved = np.moveaxis(values, axis, -1)
-        falls = np.nonzero((np.diff(moved, axis=-1) < 0).any(axis=-1))
         fitted = moved.copy()
-        for lane in zip(*falls, strict=True):
+        for lane in map(tuple, np.argwhere((np.diff(moved, axis=-1) < 0).any(axis=-1))):
             fitted[lane] = isotonic_regression(moved[lane]).x
         values = np.moveaxis(fitted, -1, axis)
     return values

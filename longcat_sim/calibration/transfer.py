@@ -36,6 +36,6 @@ def transfer_spread(law: FittedLaw, device: Device, dtype: str, variant: str) ->
         parts.append(PRECISION_ERROR)
     if not law.residuals_:
         parts.append(FEW_POINTS_ERROR)
-    if law.variant != variant:
+    if law.variant not in ("", variant):
         parts.append(VARIANT_ERROR)
     return NORMAL_FROM_MEDIAN * math.hypot(*parts)

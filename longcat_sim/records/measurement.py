@@ -88,6 +88,34 @@ class Measurement:
         return (self.p90_s - self.p10_s) / self.median_s
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepMeasurement:
+    """The time of one whole step of the executable model; never fitted, only compared with a prediction."""
+
+    model: str
+    phase: str
+    """``decode`` or ``prefill``."""
+    sequences: int
+    queries: int
+    """New tokens per sequence."""
+    context: int
+    """Positions that the last of them sees."""
+    median_s: float
+    p10_s: float
+    p90_s: float
+    count: int
+    block_s: tuple[float, ...] = ()
+    received: float = 0.0
+    """Mean token copies that FFN experts of one layer got."""
+    active: float = 0.0
+    """Mean FFN experts of one layer that got any."""
+
+    @property
+    def spread(self) -> float:
+        """Largest over smallest p10 of a block, less 1: the machine's own drift."""
+        return max(self.block_s) / min(self.block_s) - 1 if self.block_s else 0.0
+
+
 @dataclass(frozen=True)
 class Measurements(Sequence[Measurement]):
     """The measurements of one file, and the lines that could not be read."""
@@ -95,6 +123,7 @@ class Measurements(Sequence[Measurement]):
     environment: Environment
     rows: tuple[Measurement, ...]
     skipped: tuple[tuple[int, str], ...] = ()
+    steps: tuple[StepMeasurement, ...] = field(default=(), kw_only=True)
     """(line number, reason) of each line that was left out."""
 
     def __len__(self) -> int:
@@ -163,11 +192,24 @@ def from_json(document: Mapping[str, Any]) -> Measurement:
         raise ValueError(f"expected a measurement; {error}") from None
 
 
-def save_measurements(path: str | Path, environment: Environment, measurements: Iterable[Measurement]) -> None:
+def save_measurements(
+    path: str | Path,
+    environment: Environment,
+    measurements: Iterable[Measurement],
+    steps: Iterable[StepMeasurement] = (),
+) -> None:
     """Write a measurement file; an interruption leaves the earlier file as it was."""
     head = {"schema": SCHEMA, "environment": asdict(environment)}
-    lines = [json.dumps(document) for document in (head, *map(to_json, measurements))]
+    documents = (head, *map(to_json, measurements), *({"step": asdict(step)} for step in steps))
+    lines = [json.dumps(document) for document in documents]
     write_text(Path(path), "\n".join(lines) + "\n")
+
+
+def _step(document: Any) -> StepMeasurement:
+    try:
+        return StepMeasurement(**{**document, "block_s": tuple(document.get("block_s", ()))})
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"step: expected a step measurement; {error}") from None
 
 
 def _environment(head: Any, name: str, line: int) -> Environment:
@@ -199,6 +241,7 @@ def load_measurements(path: str | Path) -> Measurements:
         ) from None
     environment: Environment | None = None
     rows: list[Measurement] = []
+    steps: list[StepMeasurement] = []
     skipped: list[tuple[int, str]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -215,6 +258,8 @@ def load_measurements(path: str | Path) -> Measurements:
                         f"got also {found.device!r}; split the file by device"
                     )
                 environment = environment or found
+            elif "step" in document:
+                steps.append(_step(document["step"]))
             else:
                 rows.append(from_json(document))
         except json.JSONDecodeError as error:
@@ -223,7 +268,7 @@ def load_measurements(path: str | Path) -> Measurements:
             raise
         except ValueError as error:
             skipped.append((number, str(error)))
-    total = len(rows) + len(skipped)
+    total = len(rows) + len(steps) + len(skipped)
     if skipped and len(skipped) > MAX_CORRUPT_SHARE * total:
         shown = [f"{path.name}:{number}: {reason}" for number, reason in skipped[:10]]
         raise MeasurementError(
@@ -237,6 +282,6 @@ def load_measurements(path: str | Path) -> Measurements:
         raise MeasurementError(
             f"{path.name}:1: environment: expected it on the first line; it is missing; measure again with `profile`"
         )
-    if not rows:
+    if not rows and not steps:
         raise MeasurementError(f"{path.name}: expected measurements; got none; measure again with `profile`")
-    return Measurements(environment, tuple(rows), tuple(skipped))
+    return Measurements(environment, tuple(rows), tuple(skipped), steps=tuple(steps))

@@ -82,14 +82,14 @@ def _mla_prefill(row: Row, source: str) -> Iterator[Measurement]:
 def _indexer_decode(row: Row, source: str) -> Iterator[Measurement]:
     yield published(
         "indexer", row["latency_us"] * 1e-6, source, dtype="fp8", batch=row["batchsize"], queries=row["next_n"],
-        context=row["s_kv"], heads=64, dim=128,
+        context=row["s_kv"] - (row["next_n"] - 1) / 2, heads=64, dim=128,
     )  # fmt: skip
 
 
 def _indexer_prefill(row: Row, source: str) -> Iterator[Measurement]:
     yield published(
-        "indexer", row["latency_us"] * 1e-6, source, dtype="fp8", batch=1, queries=row["s_q"], context=row["s_kv"],
-        heads=64, dim=128,
+        "indexer", row["latency_us"] * 1e-6, source, dtype="fp8", batch=1, queries=row["s_q"],
+        context=row["s_kv"] - (row["s_q"] - 1) / 2, heads=64, dim=128,
     )  # fmt: skip
 
 

@@ -1,0 +1,301 @@
+"""The op kinds as the executable model runs them: one builder per kind returns what to time.
+
+The vocabulary is that of the op graph. Where the model does more than one op in one call (attention cores hold the
+absorption products or the expansion of the latents), the op is the call less the parts, timed in the same round. Small
+steps that the graph does not name ride with a neighbour: the residual add with the norm behind it, the sort of token
+copies with the router. Weights rotate through several copies, as layers do; activations stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longcat_sim.model import moe
+from longcat_sim.model.attention import MLA, AttentionVariant
+from longcat_sim.model.cache import LatentCache
+from longcat_sim.model.layers import RMSNorm, rotate, swiglu
+from longcat_sim.model.longcat import ABSORBED, LongcatFlash
+from longcat_sim.ops.op import Op
+from longcat_sim.profiling.timing import Run
+from longcat_sim.specs.model import ModelSpec
+
+ROTATED_BYTES = 64 << 20
+"""Copies of the weights that are cycled through add up to this: more than a last-level cache."""
+MAX_COPIES = 16
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What to time for an op: ``run`` less ``less``, over ``divide`` ops."""
+
+    run: Run
+    less: tuple[Run, ...] = ()
+    divide: int = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and in what to run."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def values(self, *shape: int) -> Tensor:
+        """Return a tensor of small random values."""
+        return torch.randn(*shape, device=self.device, dtype=self.dtype).mul_(0.02)
+
+    def copies(self, make: Callable[[], Any], nbytes: float) -> Any:
+        """Return an endless turn through as many copies as outgrow a cache."""
+        count = int(min(MAX_COPIES, max(2, ROTATED_BYTES // max(nbytes, 1) + 1)))
+        return cycle([make() for _ in range(count)])
+
+    @property
+    def item(self) -> int:
+        """Bytes of one value."""
+        return self.dtype.itemsize
+
+
+def _size(op: Op, name: str) -> int:
+    return max(1, round(op[name]))
+
+
+def _linear(place: Place, m: int, n: int, k: int) -> Run:
+    def make() -> nn.Linear:
+        layer = nn.Linear(k, n, bias=False, device=place.device, dtype=place.dtype)
+        layer.weight.data.normal_(0, 0.02)
+        return layer
+
+    layers, x = place.copies(make, place.item * n * k), place.values(m, k)
+    return lambda: next(layers)(x)
+
+
+def gemm(op: Op, spec: ModelSpec, place: Place) -> Timed:
+    """Return a linear layer without bias."""
+    return Timed(_linear(place, _size(op, "m"), _size(op, "n"), _size(op, "k")))
+
+
+def bmm(op: Op, spec: ModelSpec, place: Place) -> Timed:
+    """Return the absorption product, on the strided views that the model hands it."""
+    groups, m, n, k = (_size(op, name) for name in ("groups", "m", "n", "k"))
+    x = place.values(m, groups, k).transpose(0, 1)
+    weights = place.copies(lambda: place.values(groups, k, n), place.item * groups * n * k)
+    return Timed(lambda: torch.bmm(x, next(weights)))
+
+
+def grouped_gemm(op: Op, spec: ModelSpec, place: Place) -> Timed:
+    """Return one product per expert, rows spread as random routing does; the library's grouped one on CUDA."""
+    groups, m, n, k = (_size(op, name) for name in ("groups", "m", "n", "k"))
+    groups = min(groups, m)
+    counts = spread_rows(m, groups)
+    x = place.values(m, k)
+    weights = place.copies(lambda: place.values(groups, n, k), place.item * groups * n * k)
+    if place.device.type == "cuda":
+        ends = torch.tensor(counts, device=place.device).cumsum(0).to(torch.int32)
+        return Timed(lambda: F.grouped_mm(x, next(weights).transpose(1, 2), offs=ends))
+    parts = x.split(counts)
+
+    def run() -> None:
+        for part, weight in zip(parts, next(weights), strict=True):
+            moe._product(part, weight)
+
+    return Timed(run)
+
+
+def spread_rows(rows: int, groups: int) -> list[int]:
+    """Return at least one row per group, the rest at random (fixed seed)."""
+    generator = torch.Generator().manual_seed(rows * 1009 + groups)
+    extra = torch.randint(groups, (rows - groups,), generator=generator)
+    return (torch.bincount(extra, minlength=groups) + 1).tolist()
+
+
+def _mla(spec: ModelSpec, place: Place) -> MLA:
+    mla = MLA(spec, device=place.device, dtype=place.dtype)
+    for parameter in mla.parameters():
+        parameter.data.normal_(0, 0.02)
+    return mla
+
+
+def mla_decode(op: Op, spec: ModelSpec, place: Place) -> Timed:
+    """Return the absorbed core less its two absorption products."""
+    batch, queries, context = (_size(op, name) for name in ("batch", "queries", "context"))
+    mla, rows = _mla(spec, place), batch * queries
+    q = place.values(batch, queries, spec.num_attention_heads, spec.qk_head_dim)
+    width = spec.kv_lora_rank + spec.qk_rope_head_dim
+    latents = place.copies(lambda: place.values(batch, context, width), place.item * batch * context * width)
+    visible = None
+    if queries > 1:
+        at = torch.arange(context, device=place.device)
+        last = torch.arange(context - queries, context, device=place.device)
+        visible = (at <= last[:, None]).expand(batch, -1, -1)
+    heads, latent = spec.num_attention_heads, spec.kv_lora_rank
+    up = mla.kv_up.weight.view(heads, -1, latent)
+    nope = spec.qk_nope_head_dim
+    q_nTD = q[..., :nope].reshape(rows, heads, nope).transpose(0, 1)
+    context_nTC = place.values(rows, heads, latent).transpose(0, 1)
+    variant = AttentionVariant()
+    return Timed(
+        lambda: mla.absorbed_core(q, next(latents), visible, variant),
+        (
+            lambda: torch.bmm(q_nTD, up[:, :nope]),
+            lambda: torch.bmm(context_nTC, up[:, nope:].transpose(1, 2)),
+        ),
+    )
+
+
+def attention_prefill(op: Op, spec: ModelSpec, place: Place) -> Timed:
+    """Return the naive core less the expansion of the latents and the copy of the keys."""
+    batch, queries, context = (_size(op, name) for name in ("batch", "queries", "context"))
+    mla = _mla(spec, place)
+    q = place.values(batch, queries, spec.num_attention_heads, spec.qk_head_dim)
+    latent = place.values(batch, context, spec.kv_lora_rank + spec.qk_rope_head_dim)
+    concat = _concat_keys(spec, place, batch * context)
+    expand = mla.kv_up
+    narrow = latent[..., : spec.kv_lora_rank]
+    return Timed(lambda: mla.naive_core(q, latent, None), (lambda: expand(narrow), concat))
+
+
+def _concat_keys(spec: ModelSpec, place: Place, rows: int) -> Run:
+    """Return the copy that puts expanded keys and the shared rope key side by side."""
+    heads, nope = spec.num_attention_heads, spec.qk_nope_head_dim
+    keys = place.values(rows, heads, nope + spec.v_head_dim)[..., :nope]
+    rope = place.values(rows, 1, spec.qk_rope_head_dim)
+    return lambda: torch.cat([keys, rope.expand(-1, heads, -1)], dim=-1)
+
+
+def norm(op: Op, spec: ModelSpec, place: Place) -> Timed:
+    """Return the norm; the variant ``residual`` has the add in front of it, which GPU engines fuse."""
+    rows, width = _size(op, "rows"), _size(op, "width")
+    layer = RMSNorm(width, 1e-5, device=place.device, dtype=place.dtype)
+    x, y = place.values(rows, width), place.values(rows, width)
+    if op.variant == "residual":
+        return Timed(lambda: layer(x + y))
+    return Timed(lambda: layer(x))
+
+
+def elementwise(op: Op, spec: ModelSpec, place: Place) -> Timed:
+    """Return the pass that the variant names, on tensors as the model has them there."""
+    rows, width = _size(op, "rows"), _size(op, "width")
+    heads, rope = spec.num_attention_heads, spec.qk_rope_head_dim
+    match op.variant:
+        case "silu":
+            gate_up = place.values(rows, 2 * width)
+            return Timed(lambda: swiglu(gate_up))
+        case "rope":
+            q, k = place.values(rows, heads, spec.qk_head_dim), place.values(rows, rope)
+            cos, sin = place.values(rows, rope // 2).float(), place.values(rows, rope // 2).float()
+            nope = spec.qk_nope_head_dim
+
+            def rotate_all() -> None:
+                q[..., nope:] = rotate(q[..., nope:], cos[:, None], sin[:, None])
+                rotate(k, cos, sin)
+
+            return Timed(rotate_all)
+        case "write":
+            latent, key = place.values(rows, max(1, width - rope)), place.values(rows, rope)
+            pool = place.values(max(rows, 64), latent.shape[1] + rope)
+            at = torch.arange(rows, device=place.device)
+            return Timed(lambda: pool.index_copy_(0, at, torch.cat([latent, key], dim=-1)))
+        case "concat":
+            per_head = max(rope + 1, width // heads)
+            left, right = place.values(rows, heads, per_head - rope), place.values(rows, 1, rope)
+            return Timed(lambda: torch.cat([left, right.expand(-1, heads, -1)], dim=-1))
+        case "cast":
+            x = place.values(rows, width)
+            return Timed(x.float)  # free where the model computes in fp32 already
+        case "add":  # the layer's last sum; its other adds ride with the norms
+            left, right = place.values(rows, width), place.values(rows, width)
+            return Timed(lambda: left + right)
+    x, gate = place.values(rows, width), place.values(rows, 1)
+    return Timed(lambda: x * gate)
+
+
+def router(op: Op, spec: ModelSpec, place: Place) -> Timed:
+    """Return routing and the sort of token copies by expert."""
+    tokens = _size(op, "tokens")
+    layer = moe.Router(spec, device=place.device)
+    layer.weight.data.normal_(0, 0.02)
+    x = torch.randn(tokens, spec.hidden_size, device=place.device).to(place.dtype)
+    experts = spec.n_routed_experts
+
+    def run() -> None:
+        routing = layer(x)
+        moe.sort_rows(routing, experts)
+
+    return Timed(run)
+
+
+def permute(op: Op, spec: ModelSpec, place: Place) -> Timed:
+    """Return one gather of rows to experts and one scatter back, halved: the graph has both."""
+    rows, width = _size(op, "rows"), _size(op, "width")
+    tokens = max(1, round(rows / max(1.0, spec.expected_ffn_experts)))
+    x, out = place.values(tokens, width), place.values(tokens, width)
+    at = torch.arange(rows, device=place.device) % tokens
+    moved = place.values(rows, width)
+
+    def run() -> None:
+        x.index_select(0, at)
+        out.index_add_(0, at, moved)
+
+    return Timed(run, divide=2)
+
+
+def topk(op: Op, spec: ModelSpec, place: Place) -> Timed:
+    """Return the exact selection of the k largest scores."""
+    rows, n, k = (_size(op, name) for name in ("rows", "n", "k"))
+    scores = torch.randn(rows, n, device=place.device, dtype=torch.float32)
+    return Timed(lambda: scores.topk(min(k, n), dim=-1))
+
+
+def embedding(op: Op, spec: ModelSpec, place: Place) -> Timed:
+    """Return the table look-up."""
+    tokens, width = _size(op, "tokens"), _size(op, "width")
+    table = nn.Embedding(min(spec.vocab_size, 65536), width, device=place.device, dtype=place.dtype)
+    at = torch.randint(table.num_embeddings, (tokens,), device=place.device)
+    return Timed(lambda: table(at))
+
+
+def sampling(op: Op, spec: ModelSpec, place: Place) -> Timed:
+    """Return the greedy choice."""
+    logits = torch.randn(_size(op, "rows"), _size(op, "vocab"), device=place.device)
+    return Timed(lambda: logits.argmax(-1))
+
+
+def host(op: Op, spec: ModelSpec, place: Place) -> Timed:
+    """Return the host's work before a step: positions and places in the cache, for 8 sequences."""
+    small = spec.replace(num_layers=1, n_routed_experts=1, zero_expert_num=0, moe_topk=1, vocab_size=64)
+    model = LongcatFlash(small, device=place.device, dtype=place.dtype)
+    cache = LatentCache(small, num_sequences=8, max_tokens=64, device=place.device, dtype=place.dtype)
+    cache.extend(range(8), 32)
+    calls = _size(op, "calls")
+
+    def run() -> None:
+        for _ in range(calls):
+            model.step(8, 1, cache, None, ABSORBED, grow=False)
+
+    return Timed(run)
+
+
+BUILDERS: dict[str, Callable[[Op, ModelSpec, Place], Timed]] = {
+    "gemm": gemm,
+    "bmm": bmm,
+    "grouped_gemm": grouped_gemm,
+    "mla_decode": mla_decode,
+    "attention_prefill": attention_prefill,
+    "norm": norm,
+    "elementwise": elementwise,
+    "router": router,
+    "permute": permute,
+    "topk": topk,
+    "embedding": embedding,
+    "sampling": sampling,
+    "host": host,
+}
+"""Kind -> builder."""

@@ -1,0 +1,207 @@
+"""``profile``: measure suites of ops on this machine, in rounds, inside a time box; resumable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longcat_sim.errors import MeasurementError
+from longcat_sim.ops.op import Op
+from longcat_sim.profiling.environment import here
+from longcat_sim.profiling.kernels import BUILDERS, TORCH_DTYPES, Place, Timed
+from longcat_sim.profiling.suites import FULL, SMALL, SUITES, Grid, suite_ops
+from longcat_sim.profiling.timing import Clock, Samples
+from longcat_sim.records.measurement import UNSTABLE_SPREAD, Environment, Measurement, load_measurements
+from longcat_sim.records.measurement import save_measurements as save
+from longcat_sim.specs.model import ModelSpec
+
+Progress = Callable[[str, float, float], None]
+"""(what runs, share done, seconds left)."""
+ROUNDS = 3
+EXTRA_ROUNDS = 2
+POINT_S = 0.012
+"""Seconds of samples per point and round where the time box allows."""
+CPU_DTYPE, CUDA_DTYPE = "fp32", "bf16"
+
+
+@dataclass
+class Profiled(Sequence[Measurement]):
+    """What was measured, and what the time box dropped."""
+
+    environment: Environment
+    rows: list[Measurement] = field(default_factory=list)
+    dropped: list[tuple[str, Op]] = field(default_factory=list)
+    """(suite, op) of points that were not reached."""
+    wall_s: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def summary(self) -> str:
+        """Return one line: points, unstable ones, and what was dropped."""
+        unstable = sum(not row.stable for row in self.rows)
+        text = f"{len(self.rows)} points in {self.wall_s:.0f} s, {unstable} unstable"
+        if self.dropped:
+            kinds = sorted({item.kind for _, item in self.dropped})
+            text += f"; the time box dropped {len(self.dropped)} points ({', '.join(kinds)})"
+        return text
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device for ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        MeasurementError: another name, or no GPU where one is asked for.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise MeasurementError(f"device: expected auto, cpu or cuda; got {name!r}; choose one")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise MeasurementError("device: expected a CUDA device; torch finds none; use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def profile(
+    suites: Iterable[str] = tuple(SUITES),
+    device: str | torch.device = "auto",
+    spec: ModelSpec | str = "longcat-cpu-64e",
+    budget_s: float = 60.0,
+    *,
+    grid: Grid | None = None,
+    dtype: str | None = None,
+    resume: str | Path | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Profiled:
+    """Return measurements of the suites' ops at the sizes that steps of ``spec`` need, within ``budget_s``.
+
+    Points are taken in rounds, so that drift falls on all alike; a point whose spread stays large is measured again
+    and then marked. Points of ``resume`` are kept. ``out`` is written after each round. One thread on a CPU.
+
+    Raises:
+        MeasurementError: an unknown suite or device, or a file to resume from another device.
+    """
+    from longcat_sim.specs.model import model_spec
+
+    spec = model_spec(spec) if isinstance(spec, str) else spec
+    names = list(suites)
+    unknown = [name for name in names if name not in SUITES]
+    if unknown:
+        raise MeasurementError(
+            f"suite: expected some of {', '.join(SUITES)}; got {', '.join(unknown)}; choose known ones"
+        )
+    place_on = pick_device(device) if isinstance(device, str) else device
+    dtype = dtype or (CUDA_DTYPE if place_on.type == "cuda" else CPU_DTYPE)
+    grid = grid or (FULL if place_on.type == "cuda" else SMALL)
+    threads = torch.get_num_threads()
+    if place_on.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            return _Run(Place(place_on, TORCH_DTYPES[dtype]), spec, budget_s, progress, out).measure(
+                names, grid, dtype, resume
+            )
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Run:
+    """One call of ``profile``."""
+
+    def __init__(
+        self, place: Place, spec: ModelSpec, budget_s: float, progress: Progress | None, out: str | Path | None
+    ) -> None:
+        self.place, self.spec, self.budget_s, self.progress, self.out = place, spec, budget_s, progress, out
+        self.clock = Clock(place.device)
+        self.start = time.monotonic()
+        self.result = Profiled(here(place.device))
+
+    def measure(self, names: list[str], grid: Grid, dtype: str, resume: str | Path | None) -> Profiled:
+        """Measure all rounds of all suites."""
+        kept: dict[Op, Measurement] = {}
+        if resume is not None and Path(resume).exists():
+            before = load_measurements(resume)
+            if before.environment.device != self.result.environment.device:
+                raise MeasurementError(
+                    f"{resume}: expected measurements of {self.result.environment.device!r}; got "
+                    f"{before.environment.device!r}; write to another file"
+                )
+            kept = {row.op: row for row in before if row.alongside is None}
+        points = [(suite, item) for suite in names for item in suite_ops(suite, self.spec, grid, dtype)]
+        points = list({item: (suite, item) for suite, item in points if item not in kept}.values())
+        samples: dict[Op, list[Samples]] = {item: [] for _, item in points}
+        total = max(1, len(points) * ROUNDS)
+        # every point once, then again: what the box cuts off is repetitions first, points last
+        for number in range(ROUNDS):
+            for index, (suite, item) in enumerate(points):
+                if self._left() <= 0 and not (number == 0 and index == 0):
+                    break
+                share = self._left() / max(1, total - number * len(points) - index)
+                self._take(item, samples[item], min(POINT_S, share / 2))
+                self._tell(suite, item, (number * len(points) + index + 1) / total)
+            self._store(points, samples, kept)
+        for _ in range(EXTRA_ROUNDS):
+            shaky = [
+                (suite, item) for suite, item in points if samples[item] and _spread(samples[item]) > UNSTABLE_SPREAD
+            ]
+            for suite, item in shaky:
+                if self._left() <= 0:
+                    break
+                self._take(item, samples[item], POINT_S)
+                self._tell(suite, item, 1.0)
+        self._store(points, samples, kept)
+        self.result.dropped = [(suite, item) for suite, item in points if not samples[item]]
+        self.result.wall_s = time.monotonic() - self.start
+        return self.result
+
+    def _left(self) -> float:
+        return self.budget_s - (time.monotonic() - self.start)
+
+    def _take(self, item: Op, samples: list[Samples], budget_s: float) -> None:
+        """Build the op, time one round of it and of the parts that are taken off, and let go of its memory."""
+        timed: Timed = BUILDERS[item.kind](item, self.spec, self.place)
+        whole = Samples([self.clock.sample(timed.run, budget_s)])
+        for part in timed.less:
+            whole = whole.minus(Samples([self.clock.sample(part, budget_s / 2)]))
+        samples.append(Samples([[sample / timed.divide for sample in whole.flat]]))
+
+    def _store(
+        self, points: list[tuple[str, Op]], samples: dict[Op, list[Samples]], kept: dict[Op, Measurement]
+    ) -> None:
+        rows = [_row(suite, item, samples[item]) for suite, item in points if samples[item]]
+        self.result.rows = [*kept.values(), *rows]
+        if self.out is not None and self.result.rows:
+            save(self.out, self.result.environment, self.result.rows)
+
+    def _tell(self, suite: str, item: Op, share: float) -> None:
+        if self.progress is not None:
+            spent = time.monotonic() - self.start
+            self.progress(f"{suite}: {item.kind}", share, min(self._left(), spent / share - spent))
+
+
+def _spread(samples: list[Samples]) -> float:
+    return Samples([part for sample in samples for part in sample.rounds]).spread if samples else 0.0
+
+
+def _row(suite: str, item: Op, samples: list[Samples]) -> Measurement:
+    merged = Samples([part for sample in samples for part in sample.rounds])
+    p10, median, p90 = merged.quantiles()
+    return Measurement(
+        op=item,
+        median_s=median,
+        p10_s=p10,
+        p90_s=p90,
+        count=len(merged.flat),
+        suite=suite,
+        stable=merged.spread <= UNSTABLE_SPREAD,
+        block_s=tuple(Samples([part]).quantiles()[0] for part in merged.rounds),
+    )

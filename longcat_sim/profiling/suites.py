@@ -1,0 +1,102 @@
+"""Which sizes a suite measures: the ops of the step graph at a grid of decode and prefill steps of one model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longcat_sim.ops.attention import StepSize
+from longcat_sim.ops.graph import LayerLoad, step_graph
+from longcat_sim.ops.op import Op, op
+from longcat_sim.profiling.kernels import BUILDERS
+from longcat_sim.specs.deployment import Deployment
+from longcat_sim.specs.model import ModelSpec
+
+SUITES: dict[str, tuple[str, ...]] = {
+    "decode": ("gemm", "bmm", "mla_decode"),
+    "prefill": ("attention_prefill",),
+    "experts": ("grouped_gemm", "permute"),
+    "small-ops": ("norm", "elementwise", "router", "embedding", "sampling", "host"),
+    "sparse": ("topk",),
+}
+"""Suite -> kinds of op, in order of value; ``collectives``, ``contention`` and ``model-step`` are not grids of ops."""
+OTHER_SUITES = ("collectives", "contention", "model-step")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Steps whose ops are measured: (sequences, context) of decode, (sequences, prompt tokens) of prefill."""
+
+    decode: tuple[tuple[int, int], ...]
+    prefill: tuple[tuple[int, int], ...]
+
+
+SMALL = Grid(
+    decode=tuple((batch, context) for batch in (1, 2, 4, 8, 16) for context in (64, 256, 1024)),
+    prefill=((1, 32), (1, 128), (1, 512), (2, 256), (4, 64), (4, 256)),
+)
+"""For a CPU: the quickstart's."""
+FULL = Grid(
+    decode=tuple(
+        (batch, context) for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256) for context in (256, 1024, 4096, 16384)
+    ),
+    prefill=tuple(
+        (batch, prompt) for batch, prompt in ((1, 128), (1, 512), (1, 2048), (4, 1024), (1, 8192), (2, 4096))
+    ),
+)
+"""For a GPU: the campaign's."""
+LARGEST_CACHE_TOKENS = 1 << 20
+"""Decode points whose caches together hold more tokens than this are left out of a campaign on one GPU."""
+
+
+def active_experts(experts: int, copies: float) -> float:
+    """Return how many of ``experts`` get at least one of ``copies`` that fall at random."""
+    return experts * (1.0 - (1.0 - 1.0 / experts) ** copies) if experts else 0.0
+
+
+def load_of(spec: ModelSpec, rows: float) -> LayerLoad:
+    """Return the expected load of one layer on one device that holds all experts."""
+    copies = rows * spec.expected_ffn_experts
+    return LayerLoad(copies, copies, max(1.0, active_experts(spec.n_routed_experts, copies)))
+
+
+def step_ops(
+    spec: ModelSpec, phase: str, sequences: int, queries: int, context: int, dtype: str, load: LayerLoad | None = None
+) -> list[Op]:
+    """Return the ops of one step of the executable model on one device, each as often as it runs.
+
+    Activations are in ``dtype``, whatever the graph's default for engines is; router and sampling stay fp32.
+    """
+    size = StepSize(phase, sequences, queries, context)
+    precision = dict.fromkeys(("weights", "attention", "kv_cache", "dispatch", "combine"), dtype)
+    deployment = Deployment.model_validate({"num_gpus": 1, "precision": precision})
+    found: list[Op] = []
+    for block in step_graph(spec, deployment, size, load or load_of(spec, sequences * queries)):
+        ops = [shape.typical() for part in block.parts for segment in part.values() for shape in segment]
+        found += [_in_dtype(item, dtype) for item in ops] * block.count
+    return found
+
+
+def _in_dtype(item: Op, dtype: str) -> Op:
+    if item.kind in ("router", "sampling", "topk", "host"):
+        dtype = "fp32"
+    if item.kind == "grouped_gemm":  # the model has one kernel for both layouts
+        return Op(item.kind, item.sizes, dtype)
+    return Op(item.kind, item.sizes, dtype, item.variant)
+
+
+def suite_ops(suite: str, spec: ModelSpec, grid: Grid, dtype: str) -> list[Op]:
+    """Return the distinct ops of a suite, each kind's from small to large."""
+    kinds = SUITES[suite]
+    if suite == "sparse":
+        sizes = ((rows, n, k) for rows in (1, 8, 64) for n in (512, 2048, 8192) for k in (64, 256) if k < n)
+        return [op("topk", dtype="fp32", rows=rows, n=n, k=k) for rows, n, k in sizes]
+    found: dict[Op, None] = {}
+    for sequences, context in grid.decode:
+        if sequences * context <= LARGEST_CACHE_TOKENS:
+            found |= dict.fromkeys(step_ops(spec, "decode", sequences, 1, context, dtype))
+    for sequences, prompt in grid.prefill:
+        found |= dict.fromkeys(step_ops(spec, "prefill", sequences, prompt, prompt, dtype))
+    if "host" in kinds:
+        found |= dict.fromkeys(op("host", dtype="fp32", calls=calls) for calls in (1, 2, 4, 8, 16))
+    wanted = [item for item in found if item.kind in kinds and item.kind in BUILDERS]
+    return sorted(wanted, key=lambda item: (kinds.index(item.kind), item.memory_bytes + item.flop))
