@@ -20,7 +20,7 @@ def held_out_ops(times: OpTimes) -> Section:
     """Return the error of each op kind on a random fifth of its sizes that the fit did not see."""
     section = Section("check-1-ops", "Check 1: op times on a random fifth of the sizes, held out of the fit")
     for row in times.errors_:
-        if row["split"] != "random fifth":
+        if row["split"] != "random":
             continue
         section.rows.append(
             Row(
