@@ -165,11 +165,12 @@ def stability(result: ServingResult) -> tuple[bool, float | None]:
     rejected = int((columns.numpy("status") == 2).sum())
     came = len(arrival) - int(np.searchsorted(arrival, middle, "right"))
     growth = waiting(end) - waiting(middle) - rejected
-    last = columns.numpy("last")
-    left = int(((last > middle) & (last <= end)).sum())
-    if growth > max(0.05 * came, 4 * came**0.5):
-        return True, left / ((end - middle) * 1e-9)
-    return False, None
+    if growth <= max(0.05 * came, 4 * came**0.5):
+        return False, None
+    # from then until the last one was admitted, the queue was never empty: what left in that time is the capacity
+    last, drained = columns.numpy("last"), int(started[-1]) if len(started) else end
+    left = int(((last > middle) & (last <= drained)).sum())
+    return True, left / max((drained - middle) * 1e-9, 1e-9)
 
 
 def intervals(draws: Sequence[Mapping[str, Any]], relative_error: float = 0.0) -> dict[str, Any]:

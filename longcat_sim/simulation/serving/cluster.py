@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from heapq import heappush
 from typing import Any
 
 import simpy
@@ -24,6 +25,18 @@ from longcat_sim.specs.serve import Autoscaler, Fault, Serve
 STEP_END, FAULT, TRANSFER, ARRIVAL, SCALE, COMPOSE = (n << 40 for n in range(6))
 
 
+class Call(simpy.Event):
+    """A triggered event with one callback."""
+
+    version = 0
+    """Of the replica when a step began: a replanned step's end is stale."""
+    time = 0
+
+    def __init__(self, callback: Callable[[Any], None]) -> None:
+        self.callbacks = [callback]
+        self._ok = True
+
+
 class Cluster:
     """Everything on one clock. ``run`` serves the requests of a source to the end."""
 
@@ -32,6 +45,9 @@ class Cluster:
         source: Any, columns: Columns, step_by_step: bool, debug: bool, window_ns: tuple[int, int] | None,
     ) -> None:  # fmt: skip
         self.env = simpy.Environment(initial_time=0)
+        # SimPy's own event list: ``Environment.schedule`` without the detour by a delay
+        self.queue: list[tuple[int, int, int, Any]] = self.env._queue  # type: ignore[assignment]
+        self.numbers = self.env._eid
         self.serve = serve
         self.link = link
         self.source = source
@@ -73,21 +89,14 @@ class Cluster:
     # -- the clock ------------------------------------------------------------------------------------------------
     def at(self, time: int, priority: int, callback: Callable[[Any], None]) -> None:
         """Call back at ``time``; ``priority`` orders what happens at one instant."""
-        event = simpy.Event(self.env)
-        event._ok = True
-        event._value = None
-        event.callbacks.append(callback)
-        self.env.schedule(event, priority, time - self.env._now)  # type: ignore[arg-type]
+        heappush(self.queue, (time, priority, next(self.numbers), Call(callback)))
 
     def end_of_step(self, replica: Replica, time: int) -> None:
         """Call the replica back when the step (or run of steps) it has just started ends, unless it is replanned."""
-        version = replica.version
-
-        def end(_: Any) -> None:
-            if replica.version == version:
-                replica.on_step_end(self.env._now)  # type: ignore[arg-type]
-
-        self.at(time, STEP_END + replica.order, end)
+        call = Call(replica.on_call)
+        call.version = replica.version
+        call.time = time
+        heappush(self.queue, (time, replica.order, next(self.numbers), call))
 
     def compose_soon(self, replica: Replica) -> None:
         """Let the replica decide after everything else of this instant: at once, if nothing else is due."""
@@ -95,7 +104,7 @@ class Cluster:
             replica.group.compose_soon()
             return
         now: int = self.env._now  # type: ignore[assignment]
-        queue = self.env._queue
+        queue = self.queue
         if not queue or queue[0][0] > now:
             replica.compose(now)
             if self.debug:

@@ -100,6 +100,11 @@ class Replica(Batch):
             self.cluster.compose_soon(self)
 
     # -- boundaries -----------------------------------------------------------------------------------------------
+    def on_call(self, call: Any) -> None:
+        """Take the end of a step, unless it was replanned in the meantime."""
+        if call.version == self.version:
+            self.on_step_end(call.time)
+
     def on_step_end(self, now: int) -> None:
         """Account for what has just been computed, then compose (after whatever else happens at this instant)."""
         if self.is_async:
@@ -361,6 +366,7 @@ class Replica(Batch):
     def lose(self, now: int) -> list[Request]:
         """Stop at once: return everything that was here, with the tokens of completed steps counted."""
         done = self.steps_done(now)
+        done -= done % self.multi_step  # tokens of a decision that is under way have not been delivered
         boundary = now
         if self.phase != IDLE:
             boundary = self.started + (int(self.offsets[done - 1]) if done else 0)

@@ -71,6 +71,9 @@ SCALAR_STEPS = 24
 """Runs shorter than this are computed on Python numbers, longer ones on arrays (measured: equal near 24)."""
 
 
+_STEPS = np.arange(4096, dtype=np.float64)
+
+
 def geometric_nodes(first: int, last: int, per_octave: int = 2) -> list[int]:
     """Return integers from ``first`` to ``last``, about ``per_octave`` in each doubling."""
     num = max(2, round(np.log2(max(last, first + 1) / first) * per_octave) + 1)
@@ -213,7 +216,11 @@ class StepTimeGrid:
                 if num_steps == 1:
                     return [round(a + s * x)]
                 return [round(a + s * (x + y)) for y in range(0, batch * num_steps, batch)]
-            return np.rint(a + s * (x + np.arange(0, batch * num_steps, batch))).astype(np.int64)
+            ns = _STEPS[:num_steps] * batch if num_steps <= len(_STEPS) else np.arange(num_steps) * float(batch)
+            ns += x
+            ns *= s
+            ns += a
+            return np.rint(ns, out=ns).astype(np.int64)
         if num_steps < SCALAR_STEPS:
             return [self.decode_ns(batch, y) for y in range(total_context, last + 1, batch)]
         return self.decode_many_ns(batch, np.arange(total_context, last + 1, batch))
