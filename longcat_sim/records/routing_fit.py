@@ -85,12 +85,12 @@ def moments(traces: Mapping[str, RoutingTrace], mix: FloatArray, sequence_tokens
 class LayerFit:
     """Parameters of one layer, per domain but for the last."""
 
-    shift: tuple[float, ...]
-    """Added to the log weight of every zero-computation expert."""
+    ffn_share: tuple[float, ...]
+    """Mean share of a token's choices that are FFN experts."""
     token_std: tuple[float, ...]
-    """Standard deviation of that shift over tokens."""
+    """Standard deviation over tokens of what is added to all zero-computation experts' log weights."""
     sequence_std: tuple[float, ...]
-    """Standard deviation of that shift over sequences."""
+    """The same over sequences."""
     ffn_std: tuple[float, ...]
     """Standard deviation of FFN experts' log weights."""
     zero_std: tuple[float, ...]
@@ -112,6 +112,32 @@ def _balanced_weights(layer: LayerFit, mix: FloatArray, experts: int, rng: np.ra
     return log_DE
 
 
+def _shift(ffn_E: FloatArray, zero_E: FloatArray, std: float, topk: int, share: float) -> float:
+    """Return what to add to the zero-computation experts' log weights for a mean FFN ``share`` of the choices.
+
+    Choices without replacement by weight are the first K arrivals of exponential clocks with those rates. With the
+    K-th arrival at its mean-field time u, sum_i (1 - exp(-w_i u)) = K, expert i is chosen with 1 - exp(-w_i u). The
+    normal part of the shift is integrated by nine Gauss-Hermite nodes.
+    """
+    if topk >= len(ffn_E) + len(zero_E):
+        return 0.0
+    nodes, weights = np.polynomial.hermite_e.hermegauss(9)
+    weights = weights / weights.sum()
+    weight_JE = np.empty((len(nodes), len(ffn_E) + len(zero_E)))
+    weight_JE[:, : len(ffn_E)] = np.exp(ffn_E - ffn_E.max())
+    target, shift = float(_logit(np.array(share))), 0.0
+    for _ in range(10):  # in log odds the share falls with the shift at a slope near -1
+        weight_JE[:, len(ffn_E) :] = np.exp(zero_E[None] - ffn_E.max() + shift + std * nodes[:, None])
+        time_J = topk / weight_JE.sum(1)
+        for _ in range(8):  # Newton on a concave function from the left: never beyond the root
+            left_JE = np.exp(-weight_JE * time_J[:, None])
+            missing = topk - (1 - left_JE).sum(1)
+            time_J = time_J + missing / np.maximum((weight_JE * left_JE).sum(1), 1e-300)
+        got = weights @ (1 - np.exp(-weight_JE[:, : len(ffn_E)] * time_J[:, None])).sum(1) / topk
+        shift += float(_logit(got)) - target
+    return shift
+
+
 def _choose(log_TE: npt.NDArray[np.floating], topk: int, rng: np.random.Generator) -> npt.NDArray[np.int32]:
     """Return K choices per row without replacement, by weight [T, K]."""
     uniform = rng.random(log_TE.shape, dtype=np.float32)
@@ -127,7 +153,10 @@ def _draw_layer(
     ffn_DE = _balanced_weights(layer, mix, ffn, rng)
     out = []
     for d, count in enumerate(sequences):
-        zero_E = layer.shift[d] + layer.zero_std[d] * rng.standard_normal(zero)
+        zero_E = layer.zero_std[d] * rng.standard_normal(zero)
+        if zero and count:
+            std = float(np.hypot(layer.token_std[d], layer.sequence_std[d]))
+            zero_E += _shift(ffn_DE[d], zero_E, std, topk, layer.ffn_share[d])
         by_sequence = layer.sequence_std[d] * rng.standard_normal(int(count))
         by_token = layer.token_std[d] * rng.standard_normal(int(count) * sequence_tokens)
         moved_T = np.repeat(by_sequence, sequence_tokens) + by_token
@@ -181,13 +210,10 @@ class RoutingFit:
         else:
             counts = np.array([sequences if name == domain else 0 for name in self.domains])
         out = []
-        moved: dict[int, LayerFit] = {}
         for layer in range(num_layers):
             source = layer * len(self.layers) // num_layers
-            if source not in moved:
-                moved[source] = _recentred(self.layers[source], mix, sizes, expected_ffn_experts, seed)
-            rng = np.random.default_rng((seed, layer))
-            drawn = _draw_layer(moved[source], mix, counts, sequence_tokens, *sizes, rng)
+            moved = _recentred(self.layers[source], mix, expected_ffn_experts / moe_topk)
+            drawn = _draw_layer(moved, mix, counts, sequence_tokens, *sizes, np.random.default_rng((seed, layer)))
             out.append(np.concatenate([part for part in drawn if len(part)]))
         note = (
             f"resampled from a fit at {self.n_routed_experts} + {self.zero_expert_num} experts, K {self.moe_topk}"
@@ -220,26 +246,21 @@ class RoutingFit:
         return json.dumps(self.to_json())
 
 
-def _recentred(
-    layer: LayerFit, mix: FloatArray, sizes: tuple[int, int, int], expected: float, seed: int
-) -> LayerFit:  # fmt: skip
-    """Return the layer with all shifts moved alike, so that the mean over the mix is ``expected``."""
-    ffn, zero, topk = sizes
-    if not zero:
-        return layer
-    counts = np.maximum(2, np.round(24 * mix)).astype(np.int64)
-    low, high = -12.0, 12.0
-    for _ in range(14):
+def _logit(p: FloatArray) -> FloatArray:
+    p = np.clip(p, 1e-4, 1 - 1e-4)
+    return np.log(p / (1 - p))
+
+
+def _recentred(layer: LayerFit, mix: FloatArray, share: float) -> LayerFit:
+    """Return the layer with the domains' FFN shares moved alike (in log odds), so that their mean is ``share``."""
+    if not 0 < share < 1:
+        return replace(layer, ffn_share=(share,) * len(mix))
+    odds = _logit(np.array(layer.ffn_share))
+    low, high = -15.0, 15.0
+    for _ in range(50):
         middle = (low + high) / 2
-        moved = _moved(layer, middle)
-        drawn = _draw_layer(moved, mix, counts, 32, ffn, zero, topk, np.random.default_rng((seed, 10**6)))
-        mean = sum(m * (part < ffn).sum(1).mean() for m, part in zip(mix / mix.sum(), drawn, strict=True))
-        low, high = (middle, high) if mean > expected else (low, middle)
-    return _moved(layer, (low + high) / 2)
-
-
-def _moved(layer: LayerFit, by: float) -> LayerFit:
-    return replace(layer, shift=tuple(shift + by for shift in layer.shift))
+        low, high = (middle, high) if mix @ (1 / (1 + np.exp(-odds - middle))) < share else (low, middle)
+    return replace(layer, ffn_share=tuple(map(float, 1 / (1 + np.exp(-odds - (low + high) / 2)))))
 
 
 def fit_routing(
@@ -275,12 +296,12 @@ def _fit_layer(
 ) -> LayerFit:
     """Return the parameters whose simulated moments are the recorded ones, by damped steps in each."""
     domains = len(mix)
-    shift = np.zeros(domains)
+    share = seen.mean.copy()
     token, sequence = np.full(domains, 0.5), np.full(domains, 0.1)
     skew_ffn, skew_zero, mixed = seen.ffn_skew.copy(), seen.zero_skew.copy(), seen.mixed_skew
     counts = np.full(domains, 16, dtype=np.int64)
     for sweep in range(SWEEPS):
-        layer = LayerFit(tuple(shift), tuple(token), tuple(sequence), tuple(skew_ffn), tuple(skew_zero), float(mixed))
+        layer = LayerFit(tuple(share), tuple(token), tuple(sequence), tuple(skew_ffn), tuple(skew_zero), float(mixed))
         rng = np.random.default_rng((seed, 7))
         drawn = [_draw_layer(layer, mix, counts, sequence_tokens, ffn, zero, topk, rng) for _ in range(REPLICAS)]
         simulated = []
@@ -298,12 +319,9 @@ def _fit_layer(
             target, got = np.asarray(getattr(seen, name)), mean(name)
             return np.clip(np.maximum(target, 1e-4) / np.maximum(got, 1e-4), 0.5, 2.0) ** d
 
-        def logit(p: FloatArray) -> FloatArray:
-            p = np.clip(p, 1e-4, 1 - 1e-4)
-            return np.log(p / (1 - p))
-
         if zero:
-            shift += damping * (logit(mean("mean")) - logit(seen.mean)) * 1.3
+            odds = _logit(share) + damping * (_logit(seen.mean) - _logit(mean("mean")))
+            share = 1 / (1 + np.exp(-odds))
             # the part of the spread that sampling gives is not the shift's: move by the difference of variances
             excess = seen.token_std**2 - mean("token_std") ** 2
             token = np.sqrt(np.clip(token**2 + damping * 20 * excess, 1e-6, 25.0))
@@ -312,6 +330,6 @@ def _fit_layer(
         skew_ffn = np.clip(skew_ffn * ratio("ffn_skew"), 0.0, 5.0)
         mixed = float(np.clip(mixed * ratio("mixed_skew"), 0.0, 5.0))
     return LayerFit(
-        tuple(map(float, shift)), tuple(map(float, token)), tuple(map(float, sequence)),
+        tuple(map(float, share)), tuple(map(float, token)), tuple(map(float, sequence)),
         tuple(map(float, skew_ffn)), tuple(map(float, skew_zero)), mixed,
     )  # fmt: skip

@@ -19,18 +19,18 @@ SEQUENCE = 128
 
 def tasks(quick: bool, out: Path) -> list[Task]:
     """Return the runs of this part."""
-    steps, sizes, seeds = (110, (32,), (0,)) if quick else (1500, (32, 64), (0, 1, 2))
     runs = [
-        Task(f"budget-{n}", "budget:controlled", {"experts": n, "steps": steps, "folder": str(out / "routing"),
-             "held_out": 16 if quick else 96}, cost=steps * 0.16)
-        for n in sizes
+        Task(f"budget-{experts}", "budget:controlled",
+             {"experts": experts, "steps": steps, "folder": str(out / "routing" / f"e{experts}-{steps}"),
+              "held_out": 16 if quick else 96}, cost=steps * 0.16)
+        for experts, steps in (((32, 110),) if quick else ((32, 1500), (64, 1000)))
     ]  # fmt: skip
-    runs.append(Task("budget-off", "budget:uncontrolled", {"steps": steps // 5}, cost=steps / 5 * 0.11))
-    if not quick:
-        for seed in seeds:
-            for variant in ("zero", "fixed"):
-                arguments = {"variant": variant, "seed": seed, "steps": 450}
-                runs.append(Task(f"quality-{variant}-{seed}", "budget:quality", arguments, cost=22))
+    off = 20 if quick else 300
+    runs.append(Task("budget-off", "budget:uncontrolled", {"steps": off}, cost=off * 0.11))
+    for seed in () if quick else (0, 1, 2):
+        for variant in ("zero", "fixed"):
+            arguments = {"variant": variant, "seed": seed, "steps": 400}
+            runs.append(Task(f"quality-{variant}-{seed}", "budget:quality", arguments, cost=24))
     return runs
 
 
@@ -49,6 +49,7 @@ def controlled(experts: int, steps: int, folder: str, held_out: int) -> dict[str
     trainer.run()
     result: dict[str, Any] = {
         "expected": spec.expected_ffn_experts,
+        "folder": folder,
         "tokens_per_step": config.tokens_per_step,
         "ffn_experts": [row["ffn_experts"] for row in trainer.history],
         "ffn_experts_std": [row["ffn_experts_std"] for row in trainer.history],
@@ -60,7 +61,7 @@ def controlled(experts: int, steps: int, folder: str, held_out: int) -> dict[str
         "held_out_loss": trainer.evaluate(corpus.held_out_mix(64, SEQUENCE)),
     }
     text = {name: corpus.held_out(name, held_out, SEQUENCE)[:, :-1] for name in corpus.domains}
-    result |= record(trainer.model, text, Path(folder) / f"e{experts}")
+    result |= record(trainer.model, text, Path(folder))
     if trainer.model.mtp is not None:
         measured = measure_acceptance(trainer.model, corpus.held_out_mix(max(24, held_out // 2), SEQUENCE)[:, :-1])
         result["acceptance"] = {name: getattr(measured, name).tolist() for name in ("greedy", "sampled", "generated")}

@@ -129,16 +129,15 @@ def resampled(fit: RoutingFit, like: RoutingTrace, sequence: int, seed: int = 1)
     }  # fmt: skip
 
 
-def analyse(out: Path, domains: list[str], *, sequence: int = 128, sizes: tuple[int, ...] = (32, 64)) -> dict[str, Any]:
-    """Fit the first recorded size, write ``routing/fit.json``, and compare its resampling with every size."""
+def analyse(recorded_at: Mapping[int, Path], domains: list[str], out: Path, *, sequence: int = 128) -> dict[str, Any]:
+    """Fit the first recorded size, write ``fit.json`` to ``out``, and compare its resampling with every size."""
     from longcat_sim.model.training.corpus import MIX
 
-    folder = out / "routing"
-    fit = fit_routing(load(folder / f"e{sizes[0]}", domains), MIX, sequence_tokens=sequence)
-    write_text(folder / "fit.json", json.dumps(fit.to_json(), indent=1))
+    fit = fit_routing(load(next(iter(recorded_at.values())), domains), MIX, sequence_tokens=sequence)
+    write_text(out / "fit.json", json.dumps(fit.to_json(), indent=1))
     result: dict[str, Any] = {}
-    for size in sizes:
-        recorded = load(folder / f"e{size}", domains)
+    for size, folder in recorded_at.items():
+        recorded = load(folder, domains)
         like = next(iter(recorded.values()))
         predicted = [statistics(resampled(fit, like, sequence, seed), MIX, sequence) for seed in range(1, 6)]
         seen = statistics(recorded, MIX, sequence)
@@ -148,7 +147,7 @@ def analyse(out: Path, domains: list[str], *, sequence: int = 128, sizes: tuple[
         n_routed_experts=512, zero_expert_num=256, moe_topk=12, expected_ffn_experts=8.0, num_layers=len(fit.layers),
         sequences=24, sequence_tokens=sequence,
     )  # fmt: skip
-    target.save(folder / "resampled-512.npz")
+    target.save(out / "resampled-512.npz")
     counts = target.ffn_experts()
     result["512"] = {
         "ffn_mean": float(counts.mean()), "ffn_std": float(counts.std(1).mean()),

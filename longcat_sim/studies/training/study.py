@@ -104,8 +104,8 @@ def run_study(
         bar.close()
     domains = runs["budget-32"]["domains"]
     cpu = time.process_time()
-    sizes = tuple(n for n in (32, 64) if f"budget-{n}" in runs)
-    analysis = routing.analyse(out, domains, sizes=sizes)
+    recorded_at = {n: Path(runs[f"budget-{n}"]["folder"]) for n in (32, 64) if f"budget-{n}" in runs}
+    analysis = routing.analyse(recorded_at, domains, out / "routing")
     core_s += time.process_time() - cpu
     claims = [
         *budget.claims(runs, quick), *routing.claims(analysis), *mtp_claims(runs), *transfer.claims(runs),

@@ -18,7 +18,7 @@ QUICK_RATES = RATES[2:6:2]
 
 def tasks(quick: bool) -> list[Task]:
     """Return one sweep per width, rule and seed."""
-    rates, seeds, steps = (QUICK_RATES, (0,), 20) if quick else (RATES, (0, 1, 2), 120)
+    rates, seeds, steps = (QUICK_RATES, (0,), 20) if quick else (RATES, (0, 1, 2), 100)
     runs = []
     for width, rule in ((PROXY, "none"), (TARGET, "full_align"), (TARGET, "none")):
         for seed in seeds:
