@@ -112,7 +112,7 @@ class Sessions(Part):
 
 
 class Workload(Part):
-    """What is sent: a recorded trace, or a synthetic process."""
+    """What is sent: a recorded trace, or a synthetic process. With neither, one has to be set before it is served."""
 
     trace: str | None = None
     format: TraceFormat = "mooncake"
@@ -135,9 +135,9 @@ class Workload(Part):
 
     @model_validator(mode="after")
     def _complete(self) -> Workload:
-        if (self.trace is None) == (self.arrivals is None):
+        if self.trace is not None and self.arrivals is not None:
             raise ValueError(
-                "workload needs either trace: PATH or arrivals: {process: poisson, rate: 3.5 /s}; give exactly one"
+                "workload takes either trace: PATH or arrivals: {process: poisson, rate: 3.5 /s}; got both"
             )
         if self.arrivals is not None:
             if self.input_tokens is None or self.output_tokens is None:

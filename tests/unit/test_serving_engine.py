@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longcat_sim.errors import SpecError
+from longcat_sim.errors import SpecError, WorkloadError
 from longcat_sim.records.request import read_requests, write_requests
 from longcat_sim.simulation import metrics
 from longcat_sim.simulation.serving.cluster import Engine, KvLink
@@ -375,3 +375,8 @@ def test_settings_that_cannot_work_are_refused() -> None:
         simulate_serving(serve_spec(prefill={}, decode={}), {"prefill": Engine(PLAIN, 10), "decode": Engine(PLAIN, 10)})
     with pytest.raises(SpecError, match="expected shared; got decode"):
         simulate_serving(serve_spec(), {"decode": Engine(PLAIN, 10)})
+
+
+def test_traffic_that_was_never_set_is_asked_for() -> None:
+    with pytest.raises(WorkloadError, match=r"expected trace: PATH or arrivals: .*; got neither"):
+        simulate_serving(Serve.model_validate({"workload": {}}), Engine(PLAIN, 10))

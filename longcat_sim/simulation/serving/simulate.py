@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from longcat_sim.errors import SpecError
+from longcat_sim.errors import SpecError, WorkloadError
 from longcat_sim.records.span import Span, chrome_trace
 from longcat_sim.simulation import metrics
 from longcat_sim.simulation.serving.cluster import Cluster, Engine, KvLink, request_seed
@@ -123,6 +123,11 @@ def simulate_serving(
         raise SpecError("kv_link: prefill and decode pools need a KvLink, such as KvLink(bytes_per_s=50e9); got none")
     if (serve.is_disaggregated or serve.kv_tiers) and not all(e.kv_bytes_per_token > 0 for e in by_name.values()):
         raise SpecError("Engine.kv_bytes_per_token: KV transfers and tiers need it, such as 70272.0; got 0")
+    if requests is None and serve.workload.trace is None and serve.workload.arrivals is None:
+        raise WorkloadError(
+            "serve.workload: expected trace: PATH or arrivals: {process: poisson, rate: 3.5 /s}; got neither; set one, "
+            "such as --set serve.workload.trace=conversation.jsonl"
+        )
     _check_scheduler(serve, acceptance)
     source: Any = requests
     if source is None:

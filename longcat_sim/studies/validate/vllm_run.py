@@ -114,7 +114,7 @@ def _kv_blocks(meta: Mapping[str, Any], config: Mapping[str, Any], model: ModelS
     experts = model.num_moe_layers * model.n_routed_experts * model.expert_parameters if model.num_moe_layers else 0
     weights = ((model.num_parameters - experts) / tp + experts / max(ranks, 1)) * 2.0
     free = size * 2**30 * share - weights
-    return max(1, int(free / (model.kv_bytes_per_token(bytes_per_value=2) / tp * BLOCK_TOKENS)))
+    return max(1, int(free / (model.kv_bytes_per_token(bytes_per_value=2) / tp * BLOCK_TOKENS)) - 1)
 
 
 def predict(directory: Path) -> tuple[ServingResult, list[dict[str, Any]]]:
@@ -132,8 +132,13 @@ def predict(directory: Path) -> tuple[ServingResult, list[dict[str, Any]]]:
     model = find_model(str(meta.get("model") or settings.get("model")), directory, config)
     max_num_seqs = int(settings.get("max_num_seqs") or 256)
     version = tuple(int(part) for part in str(meta.get("vllm_version", "0.0")).split(".")[:2] if part.isdigit())
+    profile = LayerProfile.read(directory / "profile", tp)
+    if model.num_moe_layers and not profile.moe:
+        raise MeasurementError(
+            f"{directory / 'profile'}: expected tp{tp}/moe.csv, the times of the experts of {model.name}; there is none"
+        )
     times = EngineTimes(
-        LayerProfile.read(directory / "profile", tp),
+        profile,
         model,
         max_num_seqs,
         tp_size=tp,
