@@ -23,8 +23,10 @@ from longcat_sim.errors import ModelError
 from longcat_sim.model.sparse.keep import Keep, Rows, rows_of
 from longcat_sim.model.sparse.select import ExactSelector, Selector, head_scores, probabilities
 
-CHUNK_BYTES = 64 * 2**20
-"""Scores of one chunk of queries, at most; small enough for caches to help, large enough for matrix products."""
+CHUNK_BYTES = {"cpu": 4 * 2**20}
+"""Scores of one chunk of queries, at most. On a CPU with 1 MiB of L2 per core, [9 heads, 1984, 64] causal: 1 MiB
+193 ms, 4 MiB 114 ms, 16 MiB 151 ms, 64 MiB 349 ms. A GPU wants few large launches."""
+CHUNK_BYTES_ELSEWHERE = 256 * 2**20
 
 
 def topk_attention(
@@ -36,7 +38,7 @@ def topk_attention(
     selector: Selector | None = None,
     positions: Tensor | None = None,
     scale: float | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Return causal attention over the kept keys [B, H, Q, V]; dense where ``keep`` covers the context.
 
@@ -50,6 +52,8 @@ def topk_attention(
     rows = rows_of(keep, batch=B, queries=Q, keys=N, positions=positions, device=q_BHQD.device)
     scale = q_BHQD.shape[-1] ** -0.5 if scale is None else scale
     selector = selector or ExactSelector()
+    if chunk_bytes is None:
+        chunk_bytes = CHUNK_BYTES.get(q_BHQD.device.type, CHUNK_BYTES_ELSEWHERE)
     step = max(1, chunk_bytes // (4 * B * H * N))
     out = []
     for start in range(0, Q, step):
@@ -60,7 +64,7 @@ def topk_attention(
         if not part.keeps_all:
             with torch.no_grad():
                 indices = selector.select(q.detach(), k.detach(), part, scale)
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if step < Q and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             out.append(checkpoint(attend, q, k, v, indices, part, scale, use_reentrant=False, preserve_rng_state=False))
         else:
             out.append(attend(q, k, v, indices, part, scale))
