@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -108,10 +109,24 @@ def same(one: ServingResult, other: ServingResult) -> None:
     assert one.checks == other.checks
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(scenarios())
-def test_step_by_step_gives_the_same_bits(scenario: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def compare(scenario: tuple[dict[str, Any], dict[str, Any]]) -> None:
     spec, extra = scenario
     fast = serve_once(spec, extra, debug=True)
     same(fast, serve_once(spec, extra, step_by_step=True, debug=True))
     same(fast, serve_once(spec, extra))
+
+
+CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=CHECKS)
+@given(scenarios())
+def test_step_by_step_gives_the_same_bits(scenario: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    compare(scenario)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=CHECKS)
+@given(scenarios())
+def test_step_by_step_gives_the_same_bits_at_length(scenario: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    compare(scenario)
