@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from longcat_sim.errors import ModelError
 from longcat_sim.model.layers import RMSNorm, rotate
+from longcat_sim.model.sparse.attention import kept_mask
+from longcat_sim.model.sparse.keep import Keep, rows_of
+from longcat_sim.model.sparse.select import shared_scores, topk_indices
 from longcat_sim.specs.model import ModelSpec
 
 # The norms inside MLA keep the default of the published code and not the config's rms_norm_eps.
@@ -138,12 +141,12 @@ def _two_products(
 
 def keep_topk(scores: Tensor, k: int, *, share_heads: bool) -> Tensor:
     """Return scores [B, Q, n, L] with all but the exact ``k`` largest of each query at -inf."""
-    if share_heads:
-        mass = scores.softmax(-1, dtype=torch.float32).sum(2)
-        keep = mass.topk(k, dim=-1).indices[:, :, None].expand(-1, -1, scores.shape[2], -1)
-    else:
-        keep = scores.topk(k, dim=-1).indices
-    return torch.full_like(scores, -torch.inf).scatter_(-1, keep, scores.gather(-1, keep))
+    B, Q, _, L = scores.shape
+    last = torch.full((Q,), L - 1, device=scores.device)
+    rows = rows_of(Keep(count=k), batch=B, queries=Q, keys=L, positions=last, device=scores.device)
+    ranked = shared_scores(scores.transpose(1, 2), "all" if share_heads else "head", 1)
+    keep = kept_mask(topk_indices(ranked, rows), L).transpose(1, 2)
+    return scores.masked_fill(~keep, -torch.inf)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:

@@ -150,7 +150,8 @@ class Layer(nn.Module):
         """Project queries and latents of the second attention block."""
         norm: Any = self.input_norm[1]
         x_TH = norm(state.h_TH)
-        state.q_TnD, state.latent_TD = self.attention[1].project(x_TH, step.cos_TR, step.sin_TR)
+        mla: Any = self.attention[1]
+        state.q_TnD, state.latent_TD = mla.project(x_TH, step.cos_TR, step.sin_TR)
 
     def mla1_core(self, state: LayerState, step: Step) -> None:
         """Run the second attention's core and its output projection."""
