@@ -120,7 +120,11 @@ class StepTimeGrid:
         quantiles: Sequence[float] = (0.5,),
         error_points: int = 64,
     ) -> StepTimeGrid:
-        """Evaluate ``f`` once on all nodes (one call, arrays of all points) and measure the interpolation error."""
+        """Evaluate ``f`` on all nodes (arrays of all points at once) and measure the interpolation error.
+
+        Raises:
+            ValueError: ``f`` gives a time that is not above 0.
+        """
         batches = list(batch_nodes or geometric_nodes(1, max_batch, 2))
         contexts = list(context_nodes or geometric_nodes(min(128, max_context), max_context, 1))
         prefills = list(prefill_nodes or geometric_nodes(min(16, max_prefill_tokens), max_prefill_tokens, 1))
@@ -140,6 +144,9 @@ class StepTimeGrid:
         zero = np.zeros_like(b)
         decode = call(b, c, zero, zero).reshape(num_quantiles, len(batches), len(contexts))
         mixed = call(mb, np.where(mb > 0, mc, 0.0), mp, mk).reshape(num_quantiles, *axes[0].shape)
+        for values in (decode, mixed):
+            if not (np.isfinite(values) & (values > 0)).all():
+                raise ValueError(f"step times must be above 0 s; got {values[~(values > 0)][:3]}; mend the function")
         grid = cls(batches, contexts, prefills, keys, decode, mixed, tuple(quantiles))
         grid._mixed_batches = mixed_batches
         if error_points:
