@@ -12,10 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import yaml
 
 from longcat_sim.errors import MeasurementError
 from longcat_sim.records.routing import RoutingTrace
@@ -241,6 +244,28 @@ class RoutingFit:
             return cls(tuple(document["domains"]), tuple(document["mix"]), layers, **rest)
         except (KeyError, TypeError) as error:
             raise MeasurementError(f"routing fit: expected a document of RoutingFit.to_json; {error!r}") from None
+
+    @classmethod
+    def load(cls, source: str | Path = "bytes-32e") -> RoutingFit:
+        """Return a packaged fit by name, or that of a file (YAML or JSON).
+
+        Raises:
+            MeasurementError: no such name or file, or another document.
+        """
+        folder = resources.files("longcat_sim.presets") / "routing"
+        names = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+        try:
+            if str(source) in names:
+                text = (folder / f"{source}.yaml").read_text(encoding="utf-8")
+            else:
+                text = Path(source).read_text(encoding="utf-8")
+            document = yaml.safe_load(text)
+        except (OSError, yaml.YAMLError) as error:
+            raise MeasurementError(
+                f"routing fit: expected one of {', '.join(names)} or a file of RoutingFit.to_json; got {str(source)!r} "
+                f"({getattr(error, 'strerror', None) or 'not YAML'})"
+            ) from None
+        return cls.from_json(document if isinstance(document, dict) else {})
 
     def __str__(self) -> str:
         return json.dumps(self.to_json())

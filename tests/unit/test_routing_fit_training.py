@@ -115,3 +115,17 @@ def test_document_and_faults(found: tuple[dict[str, RoutingTrace], RoutingFit]) 
         )
     with pytest.raises(MeasurementError, match="expected_ffn_experts <= moe_topk"):
         fit.resample(n_routed_experts=8, zero_expert_num=4, moe_topk=3, expected_ffn_experts=4, num_layers=1)
+
+
+def test_packaged_fit_at_the_published_size() -> None:
+    """Mean 8 by construction; the spread over tokens is carried over, not set."""
+    fit = RoutingFit.load()
+    trace = fit.resample(
+        n_routed_experts=512, zero_expert_num=256, moe_topk=12, expected_ffn_experts=8.0, num_layers=2, sequences=32,
+        sequence_tokens=32,
+    )  # fmt: skip
+    counts = trace.ffn_experts()
+    assert counts.mean() == pytest.approx(8.0, rel=0.04)
+    assert 2.2 < counts.std() < 3.3
+    with pytest.raises(MeasurementError, match="expected one of bytes-32e or a file"):
+        RoutingFit.load("nowhere")

@@ -40,8 +40,8 @@ class TrainConfig:
     loss_scale: float = 1.0
     """Factor on all losses before the backward pass: shrinks the gradient's RMS as size does. For experiments."""
 
-    proxy_width: int = 0
-    """Hidden size that learning rate and init were chosen at; 0: the model's own (every width factor is 1)."""
+    proxy_width: int = 64
+    """Hidden size that learning rate and init were chosen at; ours. 0: the model's own (every width factor is 1)."""
     transfer: Literal["full_align", "none"] = "full_align"
     """Rules of the width factor; ``none`` carries rate and init over unchanged."""
     embedding_std: float = 1.0
