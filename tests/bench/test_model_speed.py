@@ -18,11 +18,11 @@ from longcat_sim.specs.model import ModelSpec, model_spec  # noqa: E402
 
 pytestmark = pytest.mark.slow
 BATCH, PROMPT, CONTEXT = 8, 512, 2048
-SIZES = {
+SIZES = (
     "hidden_size", "num_layers", "vocab_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank",
     "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "ffn_hidden_size", "expert_ffn_hidden_size",
     "n_routed_experts", "zero_expert_num", "moe_topk",
-}  # fmt: skip
+)  # fmt: skip
 
 
 def interleaved(calls, repeats):
@@ -39,23 +39,7 @@ def interleaved(calls, repeats):
 def both(spec: ModelSpec):
     from transformers import LongcatFlashConfig, LongcatFlashForCausalLM
 
-    keys = [key for key in LongcatFlashConfig().to_dict() if key in SIZES]
-        "hidden_size",
-        "num_layers",
-        "vocab_size",
-        "num_attention_heads",
-        "q_lora_rank",
-        "kv_lora_rank",
-        "qk_nope_head_dim",
-        "qk_rope_head_dim",
-        "v_head_dim",
-        "ffn_hidden_size",
-        "expert_ffn_hidden_size",
-        "n_routed_experts",
-        "zero_expert_num",
-        "moe_topk",
-    ]
-    config = LongcatFlashConfig(**{key: getattr(spec, key) for key in keys}, head_dim=spec.qk_rope_head_dim)
+    config = LongcatFlashConfig(**{key: getattr(spec, key) for key in SIZES}, head_dim=spec.qk_rope_head_dim)
     torch.manual_seed(0)
     theirs = LongcatFlashForCausalLM(config).eval()
     ours = LongcatFlash(spec).eval()
