@@ -7,6 +7,7 @@ torch = pytest.importorskip("torch")
 
 from longcat_sim.errors import MeasurementError, ModelError  # noqa: E402
 from longcat_sim.model import LatentCache, LongcatFlash  # noqa: E402
+from longcat_sim.model.loading import hf_state_dict  # noqa: E402
 from longcat_sim.model.moe import Routing, sort_rows, zero_experts  # noqa: E402
 from longcat_sim.model.ops_of import Pass, layer_ops, segment_ops  # noqa: E402
 from longcat_sim.records.routing import RoutingTrace  # noqa: E402
@@ -128,6 +129,9 @@ def test_a_range_of_experts_holds_the_weights_of_the_whole():
     whole, part = LongcatFlash(TINY, seed=7), LongcatFlash(TINY, seed=7, experts=range(4, 8))
     assert torch.equal(whole.layers[1].experts.down[4:8], part.layers[1].experts.down)
     assert torch.equal(whole.head.weight, part.head.weight)
+    other = LongcatFlash(TINY, seed=8, experts=range(4, 8))
+    other.load_hf_state_dict(hf_state_dict(whole))  # published names: the other ranks' experts are let pass
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), part.parameters(), strict=True))
 
 
 def test_routing_trace_round_trip(tmp_path):
