@@ -16,8 +16,8 @@ from longcat_sim.specs.hardware import HardwareSpec
 
 SAME_DIE = {"h800-sxm": "h100-sxm"}
 """Devices that differ only in what op times do not depend on (H800: narrower NVLink, same GH100 die and HBM)."""
-COMMITTED_CELLS = 6000
-"""Grid cells per law in a packaged profile: keeps files small, costs about half a point of error."""
+COMMITTED_CELLS = 12000
+"""Grid cells per law in a packaged profile: keeps files small, costs a few tenths of a point of error."""
 
 BORROWED: dict[str, Callable[[Op], bool]] = {
     # fp8 products, grouped products and the indexer have tables of their own; other kernels, other rates

@@ -47,7 +47,9 @@ def judge(
     law.correlation_ = neighbour_correlation(coordinates, inside)
 
     outside: list[FloatArray] = []
-    errors = {"random": _figures(inside[fold == 0], _quantiles(inside[fold != 0]))}
+    # each fifth against the interval made of the other four
+    low_high = np.array([_interval(_quantiles(inside[fold != number])) for number in range(FOLDS)])
+    errors = {"random": _figures(inside, low_high[fold, 0], low_high[fold, 1])}
     largest, dimension = largest_split(law.kind, coordinates), dimension_splits(coordinates)
     parts = {"largest": [largest] if largest is not None else [], "dimension": dimension}
     found = {name: [residual(test) for test in tests if (~test).sum() >= MIN_TRAIN] for name, tests in parts.items()}
@@ -55,7 +57,7 @@ def judge(
         if pieces:
             others = [piece for other, more in found.items() if other != name for piece in more]
             known = np.concatenate(others) if others else inside
-            errors[name] = _figures(np.concatenate(pieces), _quantiles(known))
+            errors[name] = _figures(np.concatenate(pieces), *_interval(_quantiles(known)))
             outside += pieces
     law.errors_ = errors
     law.residuals_ = {
@@ -112,15 +114,19 @@ def _quantiles(residual: FloatArray) -> FloatArray:
     return np.interp(LEVELS, positions, ranked)
 
 
-def _figures(residual: FloatArray, quantiles: FloatArray) -> dict[str, float]:
-    """Return the error of held-out points, and how many of them the interval made without them holds."""
-    error = np.abs(np.expm1(-residual))  # |predicted / measured - 1|
+def _interval(quantiles: FloatArray) -> tuple[float, float]:
     low, high = np.interp([(1 - LEVEL) / 2, (1 + LEVEL) / 2], LEVELS, quantiles)
+    return float(low), float(high)
+
+
+def _figures(residual: FloatArray, low: FloatArray | float, high: FloatArray | float) -> dict[str, float]:
+    """Return the error of held-out points, and how many of them the intervals made without them hold."""
+    error = np.abs(np.expm1(-residual))  # |predicted / measured - 1|
     return {
         "mape": float(error.mean()),
         "median": float(np.median(error)),
         "p90": float(np.quantile(error, 0.9)),
         "count": len(residual),
         "coverage": float(((residual >= low) & (residual <= high)).mean()),
-        "half_width": float((np.exp(high) - np.exp(low)) / 2),
+        "half_width": float(np.mean(np.exp(high) - np.exp(low)) / 2),
     }

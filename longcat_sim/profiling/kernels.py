@@ -8,10 +8,11 @@ copies with the router. Weights rotate through several copies, as layers do; act
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import cycle
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,8 @@ from longcat_sim.ops.op import Op
 from longcat_sim.profiling.timing import Run
 from longcat_sim.specs.model import ModelSpec
 
-ROTATED_BYTES = 64 << 20
-"""Copies of the weights that are cycled through add up to this: more than a last-level cache."""
-MAX_COPIES = 16
+POOL_BYTES = 256 << 20
+"""Weights are cut from a pool of this size in turn: more than a last-level cache holds."""
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,15 +52,17 @@ class Place:
         """Return a tensor of small random values."""
         return torch.randn(*shape, device=self.device, dtype=self.dtype).mul_(0.02)
 
-    def copies(self, make: Callable[[], Any], nbytes: float) -> Any:
-        """Return an endless turn through as many copies as outgrow a cache."""
-        count = int(min(MAX_COPIES, max(2, ROTATED_BYTES // max(nbytes, 1) + 1)))
-        return cycle([make() for _ in range(count)])
+    def copies(self, *shape: int) -> Iterator[Tensor]:
+        """Return an endless turn through tensors of ``shape`` that together outgrow a cache: views of one pool."""
+        size = math.prod(shape)
+        pool = _pool(self.device, self.dtype, max(POOL_BYTES // self.dtype.itemsize, size))
+        count = max(1, min(len(pool) // size, 512))
+        return cycle([pool[at * size : (at + 1) * size].view(shape) for at in range(count)])
 
-    @property
-    def item(self) -> int:
-        """Bytes of one value."""
-        return self.dtype.itemsize
+
+@lru_cache(maxsize=2)
+def _pool(device: torch.device, dtype: torch.dtype, size: int) -> Tensor:
+    return torch.randn(size, device=device, dtype=dtype).mul_(0.02)
 
 
 def _size(op: Op, name: str) -> int:
@@ -68,13 +70,15 @@ def _size(op: Op, name: str) -> int:
 
 
 def _linear(place: Place, m: int, n: int, k: int) -> Run:
-    def make() -> nn.Linear:
-        layer = nn.Linear(k, n, bias=False, device=place.device, dtype=place.dtype)
-        layer.weight.data.normal_(0, 0.02)
-        return layer
-
-    layers, x = place.copies(make, place.item * n * k), place.values(m, k)
+    weights, x = place.copies(n, k), place.values(m, k)
+    layers = cycle([_layer_of(weight) for _, weight in zip(range(64), weights, strict=False)])
     return lambda: next(layers)(x)
+
+
+def _layer_of(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
 
 
 def gemm(op: Op, spec: ModelSpec, place: Place) -> Timed:
@@ -86,7 +90,7 @@ def bmm(op: Op, spec: ModelSpec, place: Place) -> Timed:
     """Return the absorption product, on the strided views that the model hands it."""
     groups, m, n, k = (_size(op, name) for name in ("groups", "m", "n", "k"))
     x = place.values(m, groups, k).transpose(0, 1)
-    weights = place.copies(lambda: place.values(groups, k, n), place.item * groups * n * k)
+    weights = place.copies(groups, k, n)
     return Timed(lambda: torch.bmm(x, next(weights)))
 
 
@@ -96,7 +100,7 @@ def grouped_gemm(op: Op, spec: ModelSpec, place: Place) -> Timed:
     groups = min(groups, m)
     counts = spread_rows(m, groups)
     x = place.values(m, k)
-    weights = place.copies(lambda: place.values(groups, n, k), place.item * groups * n * k)
+    weights = place.copies(groups, n, k)
     if place.device.type == "cuda":
         ends = torch.tensor(counts, device=place.device).cumsum(0).to(torch.int32)
         return Timed(lambda: F.grouped_mm(x, next(weights).transpose(1, 2), offs=ends))
@@ -129,7 +133,7 @@ def mla_decode(op: Op, spec: ModelSpec, place: Place) -> Timed:
     mla, rows = _mla(spec, place), batch * queries
     q = place.values(batch, queries, spec.num_attention_heads, spec.qk_head_dim)
     width = spec.kv_lora_rank + spec.qk_rope_head_dim
-    latents = place.copies(lambda: place.values(batch, context, width), place.item * batch * context * width)
+    latents = place.copies(batch, context, width)
     visible = None
     if queries > 1:
         at = torch.arange(context, device=place.device)

@@ -18,7 +18,7 @@ Point = tuple[str, int, int]
 """(phase, sequences, context of decode or prompt tokens of prefill)."""
 POINTS: tuple[Point, ...] = (
     ("decode", 1, 200), ("decode", 3, 100), ("decode", 4, 600), ("decode", 6, 400), ("decode", 12, 300),
-    ("decode", 8, 900), ("prefill", 1, 48), ("prefill", 1, 200), ("prefill", 2, 160), ("prefill", 3, 128),
+    ("prefill", 1, 48), ("prefill", 1, 200), ("prefill", 2, 160), ("decode", 8, 900), ("prefill", 3, 128),
 )  # fmt: skip
 """Between the sizes that the small suites measure."""
 ROUNDS = 3
@@ -28,7 +28,6 @@ def measure_steps(
     model: LongcatFlash, name: str, points: Sequence[Point] = POINTS, *, budget_s: float = 20.0
 ) -> list[StepMeasurement]:
     """Return the time of each step, in rounds over all points; the experts' loads are recorded beside."""
-    runs = [(point, *_prepared(model, point)) for point in points]
     clock = Clock(model.device)
     samples: list[list[list[float]]] = [[] for _ in points]
     threads = torch.get_num_threads()
@@ -36,6 +35,7 @@ def measure_steps(
         torch.set_num_threads(1)
     try:
         with torch.inference_mode():
+            runs = [(point, *_prepared(model, point)) for point in points]
             for _ in range(ROUNDS):
                 for index, (_, run, _) in enumerate(runs):
                     samples[index].append(clock.sample(run, budget_s / (ROUNDS * len(points)), at_least=2, at_most=20))

@@ -1,0 +1,64 @@
+"""Section ``ops``: held-out errors of the op times of every packaged profile, and of this machine's where it is fitted.
+
+The errors were found when the profile was fitted: a random fifth, the largest sizes, and whole values of one size were
+each left out of a fit of their own. They stand in the profile's ``fit:`` section.
+"""
+
+from __future__ import annotations
+
+from longcat_sim.calibration import OpTimes
+from longcat_sim.calibration.laws import LAWS
+from longcat_sim.specs.hardware import hardware_names, load_hardware
+from longcat_sim.studies.validate.section import Row, Section
+
+GPU_KINDS = ("gemm", "grouped_gemm", "mla_decode")
+GPU_LIMITS = {"random": 0.04, "largest": 0.08, "dimension": 0.08}
+CPU_LIMITS = {True: 0.08, False: 0.12}
+"""Random fifth: kinds bound by compute, and by memory."""
+COVERAGE = (0.85, 0.95)
+MIN_POINTS = 200
+
+
+def run() -> Section:
+    """Return the error table."""
+    section = Section("ops", "Fitted op times against held-out measurements (mean absolute error)")
+    pooled: dict[str, list[tuple[float, int]]] = {}
+    for name in hardware_names():
+        times = OpTimes.from_hardware(load_hardware(name))
+        is_cpu = "cpu" in name
+        for law in times.laws_.values():
+            if law.transferred_from:
+                section.notes.append(f"{name}: {' '.join(filter(None, law.key))} is that of {law.transferred_from}")
+                continue
+            for split, figures in law.errors_.items():
+                limit = _limit(law.kind, split, is_cpu)
+                coverage, count = figures["coverage"], int(figures["count"])
+                section.rows.append(
+                    Row(
+                        f"{name} {' '.join(filter(None, law.key))} {split}",
+                        "ratio",
+                        figures["mape"],
+                        error=figures["mape"],
+                        limit=limit,
+                        note=f"median {figures['median']:.1%}, {count} points, 90 % interval holds {coverage:.0%}",
+                    )
+                )
+                if split == "random":
+                    pooled.setdefault("cpu" if is_cpu else "gpu tables", []).append((coverage, count))
+    for group, parts in pooled.items():
+        count = sum(points for _, points in parts)
+        held = sum(share * points for share, points in parts) / max(1, count)
+        judged = COVERAGE[0] <= held <= COVERAGE[1] if count >= MIN_POINTS else None
+        note = f"{count} points; expected 85-95 %"
+        section.rows.append(
+            Row(f"{group}: share held by the 90 % interval", "ratio", held, error=held - 0.9, passed=judged, note=note)
+        )
+    if not section.rows:
+        section.skipped = "no packaged profile has a fit"
+    return section
+
+
+def _limit(kind: str, split: str, is_cpu: bool) -> float | None:
+    if is_cpu:
+        return CPU_LIMITS[LAWS[kind].compute_bound] if split == "random" else None
+    return GPU_LIMITS[split] if kind in GPU_KINDS else None

@@ -1,0 +1,27 @@
+"""Absolute times are printed; only the ratio within one run is asserted."""
+
+import time
+
+import numpy as np
+
+from longcat_sim.calibration import OpTimes
+from longcat_sim.ops import OpArrays, op
+from longcat_sim.specs.hardware import load_hardware
+
+
+def test_many_ops_cost_far_less_than_one_by_one(capsys) -> None:
+    times = OpTimes.from_hardware(load_hardware("h800-sxm"))
+    rng = np.random.default_rng(0)
+    m, n, k = (rng.integers(16, 20000, 100_000).astype(float) for _ in range(3))
+    times.seconds_many(OpArrays("gemm", {"m": m[:10], "n": n[:10], "k": k[:10]}, "fp8"))
+    start = time.perf_counter()
+    times.seconds_many(OpArrays("gemm", {"m": m, "n": n, "k": k}, "fp8"))
+    many = (time.perf_counter() - start) / len(m)
+    ops = [op("gemm", dtype="fp8", m=a, n=b, k=c) for a, b, c in zip(m[:2000], n[:2000], k[:2000], strict=True)]
+    start = time.perf_counter()
+    for item in ops:
+        times.seconds(item)
+    one = (time.perf_counter() - start) / len(ops)
+    with capsys.disabled():
+        print(f"\nseconds_many {many * 1e6:.2f} us per op, seconds {one * 1e6:.1f} us per op")
+    assert many < one / 5

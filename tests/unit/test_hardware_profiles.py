@@ -1,0 +1,67 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from longcat_sim.calibration import OpTimes
+from longcat_sim.ops import op
+from longcat_sim.specs.hardware import hardware_names, load_hardware
+
+ASKED = (
+    "a100-sxm", "h20", "h100-sxm", "h800-sxm", "h200-sxm", "b200-sxm", "gb200-nvl72", "b300-sxm", "mi300x", "mi355x",
+    "tpu-v7", "ascend-910c", "rtx-4090", "rtx-pro-6000",
+)  # fmt: skip
+SHARED = Path(os.environ.get("LONGCAT_SIM_SHARED", Path(__file__).parents[3] / "shared"))
+
+
+def test_every_asked_device_is_packaged() -> None:
+    assert set(ASKED) <= set(hardware_names())
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_peaks_memory_and_bandwidth_have_a_source(name: str) -> None:
+    hardware = load_hardware(name)
+    unsourced = set(hardware.assumed)
+    core = {"memory", *(f"peak.{dtype}" for dtype in hardware.peak)}
+    if name != "tpu-v7":  # its bandwidth is recalled, and says so
+        core.add("memory_bandwidth")
+    assert not core & unsourced, f"{name}: without a source: {core & unsourced}"
+    assert 1e10 < hardware.memory < 1e12
+    assert all(peak > 1e14 for peak in hardware.peak.values())
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_every_device_answers_for_a_decode_step(name: str) -> None:
+    times = OpTimes.from_hardware(load_hardware(name))
+    hardware = load_hardware(name)
+    for asked in (
+        op("gemm", m=128, n=8192, k=6144), op("norm", rows=128, width=6144),
+        op("mla_decode", batch=64, queries=1, context=4096, heads=64, latent=512, rope=64),
+    ):  # fmt: skip
+        # never faster than a cold read at the full data-sheet bandwidth, except what a cache may hold
+        least = (asked.memory_bytes - (hardware.l2 or 0)) / hardware.memory_bandwidth
+        assert least < times.seconds(asked) < 0.01, f"{name} {asked}: {times.seconds(asked)}"
+
+
+def test_h800_mla_core_keeps_to_the_published_kernel() -> None:
+    """FlashMLA: up to 3,000 GB/s where memory binds, 660 TFLOPS where compute does (README @9241ae3)."""
+    times = OpTimes.from_hardware(load_hardware("h800-sxm"))
+    half = op("mla_decode", batch=128, queries=1, context=8192, heads=64, latent=512, rope=64)
+    full = op("mla_decode", batch=128, queries=2, context=8192, heads=128, latent=512, rope=64)
+    assert half.memory_bytes / times.seconds(half) == pytest.approx(2.95e12, rel=0.1)
+    assert full.flop / times.seconds(full) == pytest.approx(660e12, rel=0.08)
+
+
+@pytest.mark.skipif(not (SHARED / "reference" / "kernels.yaml").exists(), reason="the kernel tables are not here")
+def test_kernel_tables_are_read() -> None:
+    from longcat_sim.calibration.importers.kernels import import_kernels
+
+    rows = import_kernels(SHARED / "reference" / "kernels.yaml", "h800-sxm")
+    gemm = [row for row in rows if row.op.kind == "gemm"]
+    assert len(gemm) == 110 + 18
+    first = next(row for row in gemm if row.op.dims == {"m": 16, "n": 1536, "k": 7168})
+    assert first.median_s == pytest.approx(16.443e-6)
+    assert all("github.com" in row.source for row in rows)
+    experts = [row for row in rows if row.op.variant == "masked" and row.op["groups"] == 256]
+    # masked rows follow from the table's MFU: 16 tokens per expert come out near 4,096
+    assert max(row.op["m"] for row in experts) == pytest.approx(3951, rel=0.02)
