@@ -36,8 +36,36 @@ def busy_s(spans: Iterable[Span]) -> float:
     return total
 
 
+EXCHANGE_CHAIN = ("dispatch", "experts", "combine")
+"""Spans whose names start so, one after the other, are joined by arrows."""
+
+
+def _flows(spans: Iterable[Span], tracks: dict[tuple[int, str], int]) -> list[dict]:
+    """Return arrows from each rank's dispatch to its experts and on to its combine, layer by layer."""
+    events: list[dict] = []
+    open_from: dict[int, tuple[int, Span]] = {}
+    for span in sorted(spans, key=lambda s: (s.rank, s.start_s)):
+        place = next((i for i, name in enumerate(EXCHANGE_CHAIN) if span.name.startswith(name)), None)
+        if place is None:
+            continue
+        before = open_from.get(span.rank)
+        if before is not None and before[0] + 1 == place:
+            source = before[1]
+            common = {"name": "exchange", "cat": "exchange", "pid": span.rank, "id": len(events)}
+            end_us = source.end_s * 1e6
+            events.append({**common, "ph": "s", "tid": tracks[source.rank, source.lane], "ts": end_us})
+            events.append(
+                {**common, "ph": "f", "bp": "e", "tid": tracks[span.rank, span.lane], "ts": span.start_s * 1e6}
+            )
+        if before is None or place != before[0] or place == 1:
+            open_from[span.rank] = (place, span)
+    return events
+
+
 def chrome_trace(spans: Iterable[Span]) -> dict:
-    """Return the spans as a Chrome trace document (opens in Perfetto): one process per rank, one track per lane."""
+    """Return the spans as a Chrome trace document (opens in Perfetto): one process per rank, one track per lane,
+    arrows from dispatch to experts to combine."""
+    spans = list(spans)
     events: list[dict] = []
     tracks: dict[tuple[int, str], int] = {}
     for span in spans:
@@ -63,7 +91,7 @@ def chrome_trace(spans: Iterable[Span]) -> dict:
         {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}
         for rank in sorted({rank for rank, _ in tracks})
     ]
-    return {"traceEvents": ranks + names + events, "displayTimeUnit": "ms"}
+    return {"traceEvents": ranks + names + events + _flows(spans, tracks), "displayTimeUnit": "ms"}
 
 
 def write_spans(spans: Iterable[Span], path: Path) -> None:

@@ -12,6 +12,9 @@ from typing import NamedTuple, Protocol
 
 from longcat_sim.ops.op import ResourceShares
 
+SLOWEST = 0.01
+"""Least rate of an op: blocks of one kernel that fills the device leave gaps for another (assumed)."""
+
 
 class Running(NamedTuple):
     """What a law knows of a running op."""
@@ -55,43 +58,40 @@ class MaxMin:
         """Return the rate of each op."""
         if len(running) == 1:
             return (1.0,)
-        rates = [1.0] * len(running)
+        count, resources = len(running), range(len(ResourceShares._fields))
+        limits = [[1.0] * count for _ in resources]
         for _ in range(self.rounds):
-            new = [1.0] * len(running)
-            for resource in range(len(ResourceShares._fields)):
+            before = [list(limit) for limit in limits]
+            for resource in resources:
                 wants = [op.shares[resource] for op in running]
-                # held back elsewhere: asks for less here, but for SMs a collective keeps what it holds
-                asks = [
-                    want if resource == 0 and op.is_collective else want * rate
-                    for want, rate, op in zip(wants, rates, running, strict=True)
-                ]
-                if sum(asks) <= 1.0 + 1e-12 and sum(wants) <= 1.0 + 1e-12:
+                if sum(wants) <= 1.0 + 1e-12:
                     continue
-                given = _max_min(wants, [op.is_collective and resource == 0 for op in running], asks)
-                for i, want in enumerate(wants):
-                    if want > 0:
-                        new[i] = min(new[i], given[i] / want)
-            if all(abs(a - b) < 1e-9 for a, b in zip(new, rates, strict=True)):
+                # held back elsewhere, an op asks for less here; but a collective keeps the SMs that it holds
+                first = [op.is_collective and resource == 0 for op in running]
+                asks = [
+                    want if held else want * min(limits[other][i] for other in resources if other != resource)
+                    for i, (want, held) in enumerate(zip(wants, first, strict=True))
+                ]
+                given = _max_min(asks, first)
+                limits[resource] = [
+                    1.0 if got >= ask - 1e-12 else got / want for want, ask, got in zip(wants, asks, given, strict=True)
+                ]
+            if before == limits:
                 break
-            rates = new
-        return tuple(rates)
+        return tuple(max(SLOWEST, min(limits[resource][i] for resource in resources)) for i in range(count))
 
 
-def _max_min(wants: Sequence[float], first: Sequence[bool], asks: Sequence[float]) -> list[float]:
-    """Return the share of each op: those in ``first`` get theirs, the rest is divided max-min fairly.
-
-    Each op may take up to ``wants``, but what an op does not ask for is free to the others.
-    """
-    given = [want if f else 0.0 for want, f in zip(wants, first, strict=True)]
+def _max_min(asks: Sequence[float], first: Sequence[bool]) -> list[float]:
+    """Return the share of each op: those in ``first`` get theirs, the rest is divided max-min fairly."""
+    given = [ask if held else 0.0 for ask, held in zip(asks, first, strict=True)]
     total = sum(given)
     if total > 1.0:
         return [g / total for g in given]
     left = 1.0 - total
-    rest = sorted((i for i, f in enumerate(first) if not f), key=lambda i: asks[i])
+    rest = sorted((i for i, held in enumerate(first) if not held), key=lambda i: asks[i])
     for at, i in enumerate(rest):
-        fair = left / (len(rest) - at)
-        given[i] = wants[i] if asks[i] <= fair and wants[i] <= left else min(wants[i], fair)
-        left -= min(given[i], asks[i])
+        given[i] = min(asks[i], left / (len(rest) - at))
+        left -= given[i]
     return given
 
 

@@ -1,0 +1,75 @@
+"""Collectives: the packaged H800 fit gives its tables back, and behaves between and beyond them."""
+
+import pytest
+
+from longcat_sim.calibration.collectives import CollectiveTimes, Curve
+from longcat_sim.ops.op import op
+from longcat_sim.specs.hardware import load_hardware
+
+
+@pytest.fixture(scope="module")
+def times():
+    hardware = load_hardware("h800-sxm")
+    section = (hardware.fit or {}).get("collectives")
+    if not section:
+        pytest.skip("the profile holds no collectives")
+    return CollectiveTimes.from_fit(section, hardware)
+
+
+def exchange(kind, tokens, ranks, row):
+    return op(kind, variant="low_latency", message_bytes=tokens * 8 * row, ranks=ranks)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dispatch_us", "combine_us"),
+    [(8, 77, 114), (16, 118, 195), (64, 173, 314), (128, 192, 369), (256, 194, 360)],
+)
+def test_the_published_low_latency_table_comes_back(times, ranks, dispatch_us, combine_us):
+    # DeepEP V1 README, H800, 128 tokens per rank, hidden 7168, top-8
+    assert times.seconds(exchange("dispatch", 128, ranks, 7392)) == pytest.approx(dispatch_us * 1e-6, rel=1e-3)
+    assert times.seconds(exchange("combine", 128, ranks, 14336)) == pytest.approx(combine_us * 1e-6, rel=1e-3)
+
+
+def test_between_the_tables(times):
+    sizes = [times.seconds(exchange("combine", tokens, 128, 14336)) for tokens in (1, 8, 32, 128, 300)]
+    assert sizes == sorted(sizes)
+    assert 20e-6 < sizes[0] < 60e-6  # an exchange of next to nothing costs a few tens of microseconds
+    inner = times.seconds(exchange("dispatch", 128, 90, 7392))
+    assert 173e-6 < inner < 192e-6
+    assert times.tag(exchange("dispatch", 128, 128, 7392)) == "measured"
+    assert times.tag(exchange("dispatch", 64, 128, 7392)) == "interpolated"
+    assert times.tag(exchange("dispatch", 128, 1024, 7392)) == "extrapolated"
+
+
+def test_the_normal_mode_gives_the_published_rates(times):
+    for ranks, rate in ((32, 58e9), (64, 51e9)):
+        size = 4096 * 4 * 7392
+        asked = op("dispatch", variant="normal", message_bytes=size, ranks=ranks)
+        assert size / times.seconds(asked) == pytest.approx(rate, rel=1e-3)
+        assert times.demand(asked).sm == pytest.approx(24 / 132)
+
+
+def test_a_faster_link_helps_what_it_carries(times):
+    hardware = times.hardware
+    faster = hardware.model_copy(
+        update={"scale_out": hardware.scale_out.model_copy(update={"bandwidth": 2 * hardware.scale_out.bandwidth})}
+    )
+    changed = CollectiveTimes.from_fit(hardware.fit["collectives"], faster)
+    wide, inside = exchange("combine", 128, 128, 14336), op("all_gather", message_bytes=1e7, ranks=4)
+    assert 0.45 < changed.seconds(wide) / times.seconds(wide) < 0.75
+    assert changed.seconds(inside) == times.seconds(inside)
+
+
+def test_draws_are_repeatable_and_spread(times):
+    wide = exchange("dispatch", 128, 128, 7392)
+    drawn = [times.draw(i).seconds(wide) / times.seconds(wide) for i in range(64)]
+    assert times.draw(7).seconds(wide) == times.draw(7).seconds(wide)
+    assert 0.05 < max(drawn) - 1 < 0.5
+    assert times.draw(3).kernel_gap_s != times.kernel_gap_s
+
+
+def test_a_curve_extends_by_its_last_slope():
+    curve = Curve("dispatch", "", 8, (0.0, 1e6, 2e6), (1e-5, 2e-5, 4e-5))
+    import numpy as np
+
+    assert curve.at(np.array([5e5, 3e6])) == pytest.approx([1.5e-5, 6e-5])
