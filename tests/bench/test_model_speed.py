@@ -124,9 +124,8 @@ def test_memory_of_a_decode_step(capsys):
     model.decode(tokens, cache)
     with profile(profile_memory=True) as seen:
         model.decode(tokens, cache)
-    changes = sorted(
-        (event.time_range.start, event.cpu_memory_usage) for event in seen.events() if event.name == "[memory]"
-    )
+    raw = seen.profiler.kineto_results.events()  # events() keeps only what is allocated outside of ops
+    changes = sorted((event.start_ns(), event.nbytes()) for event in raw if event.name() == "[memory]")
     live = peak = 0
     for _, change in changes:
         live += change
@@ -143,6 +142,6 @@ def test_memory_of_a_decode_step(capsys):
     with capsys.disabled():
         print(f"\ndecode step: weights + cache {held / 1e6:.1f} MB, peak of temporaries {peak / 1e6:.2f} MB, ", end="")
         print(f"largest tensor {largest / 1e6:.2f} MB, ratio {(held + peak) / (held + layer):.4f}")
-    assert len(changes) > 100
+    assert largest > BATCH * spec.hidden_size * 4  # the profile does see the step's tensors
     assert largest < BATCH * spec.n_routed_experts * spec.hidden_size * 4 / 4
-    assert held + peak < 1.3 * (held + layer)
+    assert peak < 1.3 * layer  # stricter than with weights and cache on both sides
