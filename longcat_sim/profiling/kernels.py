@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count as count_from
 from itertools import cycle
 
 import torch
@@ -23,12 +24,16 @@ from longcat_sim.model.attention import MLA, AttentionVariant
 from longcat_sim.model.cache import LatentCache
 from longcat_sim.model.layers import RMSNorm, rotate, swiglu
 from longcat_sim.model.longcat import ABSORBED, LongcatFlash
+from longcat_sim.model.sparse import Rows, attend, index_scores
 from longcat_sim.ops.op import Op
 from longcat_sim.profiling.timing import Run
 from longcat_sim.specs.model import ModelSpec
 
 POOL_BYTES = 256 << 20
 """Weights are cut from a pool of this size in turn: more than a last-level cache holds."""
+STRIDE_BYTES = 40 << 20
+"""Each op starts this much further on, where the ops before it have not just read. Without it decode steps of one
+sequence came out at a quarter of their time."""
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,8 +61,13 @@ class Place:
         """Return an endless turn through tensors of ``shape`` that together outgrow a cache: views of one pool."""
         size = math.prod(shape)
         pool = _pool(self.device, self.dtype, max(POOL_BYTES // self.dtype.itemsize, size))
-        count = max(1, min(len(pool) // size, 512))
-        return cycle([pool[at * size : (at + 1) * size].view(shape) for at in range(count)])
+        count = max(1, len(pool) // size)
+        first = next(_starts) * (STRIDE_BYTES // self.dtype.itemsize) // size
+        order = [(first + at) % count for at in range(min(count, 512))]
+        return cycle([pool[at * size : (at + 1) * size].view(shape) for at in order])
+
+
+_starts = count_from(0)
 
 
 @lru_cache(maxsize=2)
@@ -258,6 +268,32 @@ def topk(op: Op, spec: ModelSpec, place: Place) -> Timed:
     return Timed(lambda: scores.topk(min(k, n), dim=-1))
 
 
+def indexer(op: Op, spec: ModelSpec, place: Place) -> Timed:
+    """Return the lightning indexer's scores against cached keys."""
+    batch, queries, context, heads, dim = (_size(op, name) for name in ("batch", "queries", "context", "heads", "dim"))
+    q, weight = place.values(batch, queries, heads, dim), place.values(batch, queries, heads)
+    keys = place.copies(batch, context, dim)
+    return Timed(lambda: index_scores(q, next(keys), weight))
+
+
+def sparse_mla(op: Op, spec: ModelSpec, place: Place) -> Timed:
+    """Return the gather of the selected latents and the absorbed core, one set for all heads of a query."""
+    batch, queries, selected, heads = (_size(op, name) for name in ("batch", "queries", "selected", "heads"))
+    latent, rope = _size(op, "latent"), _size(op, "rope")
+    context = 2 * queries * selected  # a cache larger than what is read of it
+    caches = place.copies(batch, 1, context, latent + rope)
+    q = place.values(batch, heads, queries, latent + rope)
+    chosen = torch.rand(batch, 1, queries, context, device=place.device).topk(selected).indices
+    last = torch.full((batch, queries), context - 1, device=place.device)
+    rows = Rows(last, torch.full_like(last, selected))
+
+    def run() -> None:
+        cache = next(caches)
+        attend(q, cache, cache[..., :latent], chosen, rows, 1.0)
+
+    return Timed(run)
+
+
 def embedding(op: Op, spec: ModelSpec, place: Place) -> Timed:
     """Return the table look-up."""
     tokens, width = _size(op, "tokens"), _size(op, "width")
@@ -298,6 +334,8 @@ BUILDERS: dict[str, Callable[[Op, ModelSpec, Place], Timed]] = {
     "router": router,
     "permute": permute,
     "topk": topk,
+    "indexer": indexer,
+    "sparse_mla": sparse_mla,
     "embedding": embedding,
     "sampling": sampling,
     "host": host,

@@ -16,7 +16,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "prefill": ("attention_prefill",),
     "experts": ("grouped_gemm", "permute"),
     "small-ops": ("norm", "elementwise", "router", "embedding", "sampling", "host"),
-    "sparse": ("topk",),
+    "sparse": ("topk", "indexer", "sparse_mla"),
 }
 """Suite -> kinds of op, in order of value; ``collectives``, ``contention`` and ``model-step`` are not grids of ops."""
 OTHER_SUITES = ("collectives", "contention", "model-step")
@@ -89,7 +89,7 @@ def suite_ops(suite: str, spec: ModelSpec, grid: Grid, dtype: str) -> list[Op]:
     kinds = SUITES[suite]
     if suite == "sparse":
         sizes = ((rows, n, k) for rows in (1, 8, 64) for n in (512, 2048, 8192) for k in (64, 256) if k < n)
-        return [op("topk", dtype="fp32", rows=rows, n=n, k=k) for rows, n, k in sizes]
+        return [op("topk", dtype="fp32", rows=rows, n=n, k=k) for rows, n, k in sizes] + _sparse_ops(spec, dtype)
     found: dict[Op, None] = {}
     for sequences, context in grid.decode:
         if sequences * context <= LARGEST_CACHE_TOKENS:
@@ -100,3 +100,23 @@ def suite_ops(suite: str, spec: ModelSpec, grid: Grid, dtype: str) -> list[Op]:
         found |= dict.fromkeys(op("host", dtype="fp32", calls=calls) for calls in (1, 2, 4, 8, 16))
     wanted = [item for item in found if item.kind in kinds and item.kind in BUILDERS]
     return sorted(wanted, key=lambda item: (kinds.index(item.kind), item.memory_bytes + item.flop))
+
+
+def _sparse_ops(spec: ModelSpec, dtype: str) -> list[Op]:
+    """Return indexer scores and sparse cores of one device's decode, drafts included; none for a model without MLA."""
+    if not spec.is_mla:
+        return []
+    heads, dim = spec.index_n_heads or 64, spec.index_head_dim or 128  # DeepSeek-V3.2's where the model has none
+    found = [
+        op("indexer", dtype=dtype, batch=batch, queries=queries, context=context, heads=heads, dim=dim)
+        for batch in (1, 8)
+        for queries in (1, 2)
+        for context in (1024, 4096, 16384)
+    ]
+    width = {"heads": spec.num_attention_heads, "latent": spec.kv_lora_rank, "rope": spec.qk_rope_head_dim}
+    return found + [
+        op("sparse_mla", dtype=dtype, batch=batch, queries=queries, selected=selected, **width)
+        for batch in (1, 8)
+        for queries in (1, 2)
+        for selected in (256, 1024, 2048)
+    ]
