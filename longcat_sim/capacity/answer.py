@@ -54,12 +54,17 @@ class CapacityResult:
     notes: list[str] = field(default_factory=list)
     screened: Screened | None = field(default=None, repr=False)
 
+    @property
+    def usd_basis(self) -> str:
+        """Which GPUs the prices pay for."""
+        return "decode_gpus" if self.scenario.serve is None else "fleet"
+
     def to_json(self) -> dict[str, Any]:
         """Return the document that ``capacity --json`` prints."""
         return {
             "winner": self.winner.to_json(), "pareto": self.pareto, "binding": self.binding, "why": self.why,
             "rejected": self.rejected, "max_rate_at_slo": self.max_rate_at_slo,
-            "objective": search_of(self.scenario).objective, "usd_basis": "decode_gpus",
+            "objective": search_of(self.scenario).objective, "usd_basis": self.usd_basis,
             "candidates_looked_at": self.looked_at, "candidates_solved": self.solved,
             "candidates_simulated": len(self.survivors), "screen_wall_s": self.screen_wall_s,
             "simulate_wall_s": self.simulate_wall_s, "screening_interpolation_error": self.interpolation_error,
@@ -68,26 +73,30 @@ class CapacityResult:
 
     def __str__(self) -> str:
         """Return the answer as a person wants it."""
-        w, search = self.winner, search_of(self.scenario)
+        w, search, rate = self.winner, search_of(self.scenario), self.max_rate_at_slo
         usd, tpot = w.figure("usd_per_million_output_tokens"), w.figure("tpot_s")
+        batch = w.screened.get("sequences_per_gpu")
         lines = [
             f"{self.looked_at:,} candidates looked at ({self.solved:,} solved) in {self.screen_wall_s:.1f} s, "
             f"{len(self.survivors)} simulated in {self.simulate_wall_s:.1f} s",
             "",
-            f"winner      {w.screened['deployment']}, {w.screened['sequences_per_gpu']:g} sequences per GPU",
-            f"cost        {usd:.4g} USD per million output tokens (decode GPUs)"
+            f"winner      {w.screened['deployment']}" + (f", {batch:g} sequences per GPU" if batch else ""),
+            f"cost        {usd:.4g} USD per million output tokens ({self.usd_basis})"
             + _range(w, "usd_per_million_output_tokens"),
             f"speed       {tpot * 1e3:.4g} ms per token{_range(w, 'tpot_s', 1e3)}, {1 / tpot:.3g} tokens/s per user",
         ]
+        if "ttft_s" in (w.figures or {}):
+            lines.append(f"            {w.figure('ttft_s'):.3g} s to the first token{_range(w, 'ttft_s')}")
         if w.figures and w.figures.get("probability") is not None:
-            lines.append(
-                f"service     met with probability {w.figures['probability']:.2f} (asked {search.probability})"
-            )
-        rate = self.max_rate_at_slo
-        lines.append(
-            f"fleet       {rate['replicas']} replicas on {rate['num_gpus']} GPUs: "
-            f"{rate['output_tokens_per_s']:,.0f} output tokens/s, {rate['concurrent_users']:,.0f} users at once"
-        )
+            chance = w.figures["probability"]
+            lines.append(f"service     met with probability {chance:.2f} (asked {search.probability})")
+        fleet = f"fleet       {rate['replicas']} replicas on {rate['num_gpus']} GPUs: "
+        fleet += f"{rate['output_tokens_per_s']:,.0f} output tokens/s"
+        if rate["concurrent_users"] is not None:
+            fleet += f", {rate['concurrent_users']:,.0f} users at once"
+        if rate["requests_per_s"] is not None:
+            fleet += f"; up to {rate['requests_per_s']:.3g} requests/s within the level"
+        lines.append(fleet)
         lines += [f"binds       {self.binding['sentence']}", "", "why it wins (best candidate with another choice):"]
         lines += [
             f"  {row['choice']:<14} {row['value']!s:<12} {row['ratio']:.3g} x {row['objective']}" for row in self.why

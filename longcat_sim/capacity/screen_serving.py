@@ -1,0 +1,251 @@
+"""Screen fleets for traffic: replicas of shared or split pools, by a fluid model over the step function of the engine.
+
+In a shared replica, per request: the steps that carry its prompt take E seconds more than they would without it, and
+its output takes O / (b k) steps of T(b) seconds, where b sequences decode at once and k tokens come per step. So a
+batch b carries r(b) = 1 / (E(b) + O T(b) / (b k)) requests per second, and the load of a replica fixes b. Waiting for a
+prompt's turn is that of an M/D/1 queue.
+
+Source: work conservation and Little's law; M/D/1 waiting time rho S / (2 (1 - rho)), Kleinrock, Queueing Systems I,
+section 5.7.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from longcat_sim.capacity.candidates import Rejected, Shape, kv_tokens, reason_of, search_of, shapes
+from longcat_sim.capacity.price import MILLION, SECONDS_PER_HOUR
+from longcat_sim.capacity.screen import nothing_left
+from longcat_sim.capacity.traffic import Traffic
+from longcat_sim.errors import UserError
+from longcat_sim.ops.op import FloatArray
+from longcat_sim.specs.scenario import Scenario
+
+StepFn = Callable[[FloatArray, FloatArray, FloatArray, FloatArray], FloatArray]
+"""(decode batch, mean context, prefill tokens, keys per prefill query) of a replica -> seconds [N]."""
+StepFunctionOf = Callable[[Scenario], StepFn]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One replica's step times over its batch, and what prompts cost it."""
+
+    shape: Shape
+    batch: FloatArray
+    step_s: FloatArray
+    """Of a decode step [B]."""
+    prompt_extra_s: FloatArray
+    """What a prompt adds to the steps that carry it, beside a decode batch [B]."""
+    prompt_alone_s: float
+    """A prompt on an idle replica."""
+    prompt_share_s: float
+    """A prompt's share of a full prefill step: what limits a prefill pool."""
+    usd_per_hour: float
+
+    def requests_per_s(self, output_tokens: float, tokens_per_step: float, *, shared: bool) -> FloatArray:
+        """Return the rate that each batch carries [B]."""
+        decode = output_tokens * self.step_s / (self.batch * tokens_per_step)
+        return 1 / (decode + (self.prompt_extra_s if shared else 0.0))
+
+
+@dataclass
+class ScreenedFleets:
+    """Fleets as columns [N]; ``changes`` makes the scenario of one."""
+
+    columns: dict[str, FloatArray]
+    changes: list[dict[str, Any]]
+    labels: list[str]
+    looked_at: int
+    rejected: Rejected
+    wall_s: float
+
+    def row(self, at: int) -> dict[str, Any]:
+        """Return a fleet's figures, and its deployment in words."""
+        figures = {name: float(values[at]) for name, values in self.columns.items()}
+        return {"deployment": self.labels[at], "changes": dict(self.changes[at]), **figures}
+
+
+def curve(shape: Shape, step: StepFn, traffic: Traffic) -> Curve:
+    """Return one replica's curve; its batch ends at ``max_num_seqs`` or where KV memory does."""
+    serve = shape.scenario.serve
+    assert serve is not None
+    scheduler = serve.scheduler
+    budget = float(scheduler.max_num_batched_tokens)
+    held = traffic.input_tokens + traffic.output_tokens / 2
+    room = kv_tokens(shape.scenario, min(budget, scheduler.max_num_seqs) / shape.num_gpus) / held
+    most = max(1.0, min(float(scheduler.max_num_seqs), room))
+    batch = np.unique(np.geomspace(1.0, most, max(2, int(np.log2(most) * 2) + 2)))
+    chunks = int(np.ceil(traffic.computed_tokens / budget))
+    tokens = traffic.computed_tokens / chunks
+    keys = max(traffic.prompt_keys, (tokens + 1) / 2)
+    many = np.concatenate
+    one = np.ones(len(batch))
+    zero = np.zeros(len(batch))
+    # every point in one call: decode alone, a prompt's chunk beside the batch, a prompt alone, a full prefill step
+    seconds = step(
+        many([batch, batch, [0.0, 0.0]]),
+        many([one * traffic.decode_context, one * traffic.decode_context, [1.0, 1.0]]),
+        many([zero, one * tokens, [tokens, budget]]),
+        many([one, one * keys, [keys, min(keys, (budget + 1) / 2)]]),
+    )
+    n = len(batch)
+    alone = seconds[:n]
+    return Curve(
+        shape, batch, alone, np.maximum(seconds[n : 2 * n] - alone, 0.0) * chunks, float(seconds[-2]) * chunks,
+        float(seconds[-1]) * traffic.computed_tokens / budget, shape.scenario.usd_per_gpu_hour * shape.num_gpus,
+    )  # fmt: skip
+
+
+def screen_fleets(scenario: Scenario, step_function: StepFunctionOf) -> ScreenedFleets:
+    """Return every fleet of the scenario's search that memory and ``max_gpus`` allow and that carries the traffic.
+
+    Raises:
+        CapacityError: no search, a workload without a rate, or nothing is left.
+    """
+    began = time.perf_counter()
+    search, serve = search_of(scenario), scenario.serve
+    assert serve is not None
+    traffic = Traffic.of(scenario)
+    kept, rejected = shapes(scenario)
+    curves = []
+    for shape in kept:
+        try:
+            curves.append(curve(shape, step_function(shape.scenario), traffic))
+        except UserError as error:
+            rejected.add(reason_of(error), f"{shape.label}: {error.faults[0]}")
+    if not curves:
+        raise nothing_left(scenario, rejected)
+    per_step = scenario.speculative.tokens_per_step
+    if serve.is_disaggregated:
+        rows = _split(curves, traffic, per_step, search.max_gpus, search.spare_replicas, rejected)
+    else:
+        rows = _shared(curves, traffic, per_step, search.max_gpus, search.spare_replicas, rejected)
+    looked_at = len(rows) + sum(rejected.counts.values())
+    if not rows:
+        raise nothing_left(scenario, rejected)
+    names = [name for name in rows[0] if name not in ("changes", "deployment")]
+    return ScreenedFleets(
+        {name: np.array([row[name] for row in rows]) for name in names}, [row["changes"] for row in rows],
+        [row["deployment"] for row in rows], looked_at, rejected, time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def _figures(
+    traffic: Traffic, usd_per_hour: float, num_gpus: float, tpot_s: float, ttft_s: float, **more: float
+) -> Any:
+    tokens_per_hour = traffic.requests_per_s * traffic.output_tokens * SECONDS_PER_HOUR
+    return {
+        "usd_per_million_output_tokens": usd_per_hour / tokens_per_hour * MILLION, "tpot_s": tpot_s, "ttft_s": ttft_s,
+        "tokens_per_s_per_user": 1 / tpot_s, "num_gpus": num_gpus, **more,
+    }  # fmt: skip
+
+
+def _waiting(load: float, service_s: float) -> float:
+    return load * service_s / (2 * (1 - load))
+
+
+def _shared(
+    curves: list[Curve], traffic: Traffic, per_step: float, max_gpus: int, spare: int, rejected: Rejected
+) -> list[dict[str, Any]]:
+    rows = []
+    for one in curves:
+        carried = np.maximum.accumulate(one.requests_per_s(traffic.output_tokens, per_step, shared=True))
+        for count in range(1 + spare, max_gpus // one.shape.num_gpus + 1):
+            each = traffic.requests_per_s / (count - spare)
+            if each > carried[-1]:
+                rejected.add("traffic", f"{one.shape.label}: a replica carries {carried[-1]:.3g} requests/s")
+                continue
+            batch = float(np.interp(each, carried, one.batch)) if each > carried[0] else max(each / carried[0], 1e-6)
+            extra = float(np.interp(batch, one.batch, one.prompt_extra_s))
+            load = min(each * extra, 0.999)
+            step_s = float(np.interp(batch, one.batch, one.step_s))
+            # of a request's decoding time, others' prompts take the share ``load``
+            tpot = step_s / per_step / (1 - load)
+            ttft = one.prompt_alone_s + step_s / 2 + _waiting(load, extra)
+            changes = {**one.shape.changes, "serve.replicas": count}
+            rows.append(
+                {
+                    "deployment": f"{count} replicas of {one.shape.label}", "changes": changes,
+                    **_figures(
+                        traffic, one.usd_per_hour * count, float(count * one.shape.num_gpus), tpot, ttft,
+                        batch=batch, load=each / float(carried[-1]),
+                    ),
+                }
+            )  # fmt: skip
+    return rows
+
+
+MOST_SPLIT_REPLICAS = 64
+
+
+def _split(
+    curves: list[Curve], traffic: Traffic, per_step: float, max_gpus: int, spare: int, rejected: Rejected
+) -> list[dict[str, Any]]:
+    """Return fleets of a prefill and a decode pool: every pair of deployments and counts."""
+
+    def counts(one: Curve, capacity: float) -> range:
+        least = int(np.ceil(traffic.requests_per_s / capacity + 1e-9)) + spare
+        return range(least, min(max_gpus // one.shape.num_gpus, MOST_SPLIT_REPLICAS) + 1)
+
+    prefills: list[tuple[Curve, int, float, float]] = []
+    decodes: list[tuple[Curve, int, float, float, float]] = []
+    for one in curves:
+        for count in counts(one, 1 / one.prompt_share_s):
+            load = traffic.requests_per_s / (count - spare) * one.prompt_share_s
+            if load < 0.999:
+                prefills.append((one, count, one.prompt_alone_s + _waiting(load, one.prompt_alone_s), load))
+        carried = np.maximum.accumulate(one.requests_per_s(traffic.output_tokens, per_step, shared=False))
+        for count in counts(one, float(carried[-1])):
+            each = traffic.requests_per_s / (count - spare)
+            batch = float(np.interp(each, carried, one.batch)) if each > carried[0] else 1e-6
+            tpot = float(np.interp(batch, one.batch, one.step_s)) / per_step
+            decodes.append((one, count, tpot, batch, each / float(carried[-1])))
+    # a pool with the same figures and more GPUs is never better: keep the fastest of each size and price
+    prefills = _fronts(prefills, lambda row: row[2])
+    decodes = _fronts(decodes, lambda row: row[2])
+    rows = []
+    for first, num_prefill, ttft, load in prefills:
+        for second, num_decode, tpot, batch, fill in decodes:
+            gpus = num_prefill * first.shape.num_gpus + num_decode * second.shape.num_gpus
+            if gpus > max_gpus:
+                rejected.add("max_gpus")
+                continue
+            rows.append(
+                {
+                    "deployment": f"prefill {num_prefill} x [{first.shape.label}], decode {num_decode} x "
+                    f"[{second.shape.label}]",
+                    "changes": {
+                        **_pool("prefill", first.shape, num_prefill), **_pool("decode", second.shape, num_decode)
+                    },
+                    **_figures(
+                        traffic, first.usd_per_hour * num_prefill + second.usd_per_hour * num_decode, float(gpus), tpot,
+                        ttft + tpot * per_step, batch=batch, load=max(load, fill),
+                    ),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def _fronts(rows: list[Any], time_of: Callable[[Any], float]) -> list[Any]:
+    """Return the rows that no cheaper or equally dear one beats in time."""
+    rows = sorted(rows, key=lambda row: (row[0].usd_per_hour * row[1], time_of(row)))
+    kept: list[Any] = []
+    for row in rows:
+        if not kept or time_of(row) < time_of(kept[-1]) * (1 - 1e-9):
+            kept.append(row)
+    return kept
+
+
+def _pool(name: str, shape: Shape, count: int) -> Mapping[str, Any]:
+    fields = {
+        key.removeprefix("deployment."): value for key, value in shape.changes.items() if key.startswith("deployment.")
+    }  # fmt: skip
+    changes: dict[str, Any] = {f"serve.{name}.replicas": count, f"serve.{name}.deployment": fields}
+    if "hardware" in shape.changes:
+        changes[f"serve.{name}.hardware"] = shape.changes["hardware"]
+    return changes
