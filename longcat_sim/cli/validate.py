@@ -22,8 +22,13 @@ def run(
         found = recorded.run(vllm_run)
         if json:
             print_json(found)
-        else:
-            print(recorded.show(found))
+            return
+        print(f"{'':8} {'':6} {'predicted':>11} {'measured':>11} {'error':>8}")
+        for quantity, statistics in found.items():
+            for statistic, row in statistics.items():
+                print(
+                    f"{quantity:8} {statistic:6} {row['predicted']:11.4g} {row['measured']:11.4g} {row['error']:+8.2%}"
+                )
         return
     from longcat_sim.studies.validate.sections import run_sections
 

@@ -1,0 +1,80 @@
+"""Section ``own-step``: decode and prefill steps of the executable model on this machine, predicted from its ops.
+
+No time of a step enters the fit. What a step adds to its ops is the host's work between kernels; on a CPU that work is
+inside the ops' own times. The 10th percentile of the steps is compared with op times fitted to 10th percentiles: a
+neighbour on the machine only ever adds time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from longcat_sim.calibration import OpTimes
+from longcat_sim.ops.graph import LayerLoad
+from longcat_sim.ops.op import OpTimesLike
+from longcat_sim.profiling.suites import step_ops
+from longcat_sim.records.measurement import StepMeasurement
+from longcat_sim.specs.hardware import load_hardware
+from longcat_sim.specs.model import ModelSpec, model_spec
+from longcat_sim.studies.validate.section import Row, Section, median, worst
+
+MODEL = "longcat-cpu-64e"
+MEDIAN_LIMIT, WORST_LIMIT = 0.06, 0.15
+
+
+def predict_s(times: OpTimesLike, spec: ModelSpec, step: StepMeasurement, dtype: str) -> float:
+    """Return the predicted time of a step: the sum of its ops, with the experts' recorded load."""
+    load = LayerLoad(step.received, step.received, step.active)
+    ops = step_ops(spec, step.phase, step.sequences, step.queries, step.context, dtype, load)
+    return sum(times.seconds(item) for item in ops)
+
+
+def compare(times: OpTimesLike, spec: ModelSpec, steps: Sequence[StepMeasurement], dtype: str = "fp32") -> list[Row]:
+    """Return one row per step: predicted beside measured, with the drift of the machine between blocks."""
+    rows = []
+    for step in steps:
+        size = f"{step.sequences} x {step.context - 1 if step.phase == 'decode' else step.context} tokens"
+        rows.append(
+            Row(
+                f"{step.phase} {size}", "ms", predict_s(times, spec, step, dtype) * 1e3, step.p10_s * 1e3,
+                note=f"blocks differ by {step.spread:.0%}",
+            )
+        )  # fmt: skip
+    return rows
+
+
+def summary_rows(rows: Sequence[Row], steps: Sequence[StepMeasurement]) -> list[Row]:
+    """Return the median and the worst error with their limits."""
+    drift = sorted(step.spread for step in steps)[len(steps) // 2]
+    limit = max(MEDIAN_LIMIT, 1.5 * drift)
+    middle, most = median(rows), worst(rows)
+    return [
+        Row("median |error|", "", middle, error=middle, limit=limit, note=f"6 %, or 1.5 x the drift of {drift:.0%}"),
+        Row("worst |error|", "", most, error=most, limit=max(WORST_LIMIT, 3 * drift)),
+    ]
+
+
+def run(
+    times: OpTimes | None = None, *, model: str = MODEL, device: Any = None, budget_s: float = 30.0, **_: Any
+) -> Section:  # fmt: skip
+    """Measure steps of ``model`` here and return them beside their prediction; ``times`` default to cpu-local's fit."""
+    import torch
+
+    from longcat_sim.model import LongcatFlash
+    from longcat_sim.profiling.steps import measure_steps
+
+    section = Section("own-step", f"Steps of {model} on this machine, predicted from op times alone")
+    if times is None:
+        if not Path("hardware_profiles/cpu-local.yaml").exists():
+            section.skipped = "no profile of this machine: run `quickstart` in the repository first"
+            return section
+        times = OpTimes.from_hardware(load_hardware("cpu-local"))
+    place = torch.device(device or "cpu")
+    dtype, name = (torch.float32, "fp32") if place.type == "cpu" else (torch.bfloat16, "bf16")
+    spec = model_spec(model)
+    steps = measure_steps(LongcatFlash(spec, device=place, dtype=dtype), model, budget_s=budget_s)
+    section.rows = compare(times, spec, steps, name)
+    section.rows += summary_rows(section.rows, steps)
+    return section
