@@ -171,9 +171,9 @@ def loads(scenario: Scenario, size: StepSize, *, draws: int, seed: int) -> Layer
 
 def step_program(
     scenario: Scenario, op_times: OpTimesLike, *, draws: int = 1, seed: int = 0, load: LayerLoad | None = None,
-    pricer: Pricer | None = None,
+    pricer: Pricer | None = None, ranks: int | None = None,
 ) -> Program:  # fmt: skip
-    """Return the program of the scenario's step on all ranks of one expert-parallel group.
+    """Return the program of the scenario's step on all ranks of one expert-parallel group, or on ``ranks`` of them.
 
     Raises:
         UserError: whatever the step does not allow.
@@ -183,7 +183,7 @@ def step_program(
     load = load or loads(scenario, size, draws=draws, seed=seed)
     blocks = step_graph(scenario.model, scenario.deployment, size, load, scenario.speculative.draft_tokens)
     widest = max(scenario.deployment.ep_size, scenario.deployment.dense_tp, scenario.deployment.tp_size)
-    return build_program(blocks, op_times, draws=draws, ranks=widest, pricer=pricer)
+    return build_program(blocks, op_times, draws=draws, ranks=ranks or widest, pricer=pricer)
 
 
 def law_of(scenario: Scenario, op_times: OpTimesLike, contention: str | ContentionLaw) -> ContentionLaw:

@@ -131,7 +131,8 @@ def test_memory_adds_up_and_says_what_would_fit():
 
 
 def test_many_steps_at_once_equal_one_by_one():
-    case = scenario("deepseek-v3-h800-decode")
+    case = scenario("deepseek-v3-h800-decode", {"model.num_layers": 12, "deployment.ep_size": 16})
+    case = case.what_if({"deployment.num_gpus": 16})
     times = Roofline(case.hardware)
     batch, context = np.array([16.0, 64.0, 128.0]), np.array([1000.0, 4096.0, 2000.0])
     together = step_seconds_many(case, times, batch, context)

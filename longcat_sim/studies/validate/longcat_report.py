@@ -113,7 +113,7 @@ def theory_rows() -> list[Row]:
         printed = {key: parse(row[key], "s") for key in ("attention", "dispatch", "moe", "combine", "tpot")}
         tp = case.deployment.tp_size
         times = ReportTimes(printed["attention"], 96.0 * tp, factor)
-        program = step_program(case, times)
+        program = step_program(case, times, ranks=1)  # balanced: one rank stands for all
         timeline = LaneEngine(program, NoContention()).run()
         layer = model.num_layers // 2
         found = {
