@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 WAVES = 8
 """Random cosines whose sum is close to a normal field."""
+CENTRAL = (0.05, 0.95)
+"""Part of the residuals that draws use: the outermost are single rows of the tables, some of them wrong by 70 times,
+and straight lines to them would give every twentieth draw such a figure."""
 OCTAVES = 2.0
 """Length over which the field changes (assumed: kernels change their tiling every octave or two)."""
 
@@ -61,7 +64,7 @@ class Draw:
         frequency, phase, common, shift = self._field((ops.kind, ops.dtype, ops.variant), len(points))
         wave = np.sqrt(2 / WAVES) * np.cos(logs(points) @ frequency + phase).sum(-1)
         normal = np.sqrt(law.correlation_) * common + np.sqrt(1 - law.correlation_) * wave
-        share = _normal_cdf(normal)
+        share = np.clip(_normal_cdf(normal), *CENTRAL)
         tags = law.tags(points)
         outside = np.array([tag == "extrapolated" for tag in tags]) | (answer.best == "extrapolated")
         ratio = np.interp(share, LEVELS, law.quantiles("interpolated"))
