@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 WAVES = 8
 """Random cosines whose sum is close to a normal field."""
-CENTRAL = (0.05, 0.95)
-"""Part of the residuals that draws use: the outermost are single rows of the tables, some of them wrong by 70 times,
-and straight lines to them would give every twentieth draw such a figure."""
+TAIL = 3.0
+"""The outermost residual reaches at most this many times as far beyond its neighbour as that is beyond the next: it is
+a single row of a table, some of them wrong by 70 times, and a straight line to it would spoil every twentieth draw."""
 OCTAVES = 2.0
 """Length over which the field changes (assumed: kernels change their tiling every octave or two)."""
 
@@ -64,12 +64,12 @@ class Draw:
         frequency, phase, common, shift = self._field((ops.kind, ops.dtype, ops.variant), len(points))
         wave = np.sqrt(2 / WAVES) * np.cos(logs(points) @ frequency + phase).sum(-1)
         normal = np.sqrt(law.correlation_) * common + np.sqrt(1 - law.correlation_) * wave
-        share = np.clip(_normal_cdf(normal), *CENTRAL)
+        share = _normal_cdf(normal)
         tags = law.tags(points)
         outside = np.array([tag == "extrapolated" for tag in tags]) | (answer.best == "extrapolated")
-        ratio = np.interp(share, LEVELS, law.quantiles("interpolated"))
+        ratio = np.interp(share, LEVELS, _tamed(law.quantiles("interpolated")))
         if outside.any():
-            ratio = np.where(outside, np.interp(share, LEVELS, law.quantiles("extrapolated")), ratio)
+            ratio = np.where(outside, np.interp(share, LEVELS, _tamed(law.quantiles("extrapolated"))), ratio)
             if len(law.draws_):
                 weights = law.draws_[self.index % len(law.draws_)]
                 bent = np.log(
@@ -95,6 +95,14 @@ class Draw:
             phase = rng.uniform(0, 2 * np.pi, WAVES)
             self._fields[key] = frequency, phase, float(rng.normal()), float(rng.normal())
         return self._fields[key]
+
+
+def _tamed(quantiles: FloatArray) -> FloatArray:
+    """Return residual quantiles whose outermost two stay near the others."""
+    tamed = np.array(quantiles, dtype=float)
+    tamed[0] = max(tamed[0], tamed[1] - TAIL * (tamed[2] - tamed[1]))
+    tamed[-1] = min(tamed[-1], tamed[-2] + TAIL * (tamed[-2] - tamed[-3]))
+    return tamed
 
 
 def _normal_cdf(x: FloatArray) -> FloatArray:
