@@ -116,6 +116,28 @@ def compare(scenario: tuple[dict[str, Any], dict[str, Any]]) -> None:
     same(fast, serve_once(spec, extra))
 
 
+def test_lost_replica_that_was_blocked_serves_again_after_its_return() -> None:
+    """A scenario that once got stuck: the queue was blocked for KV blocks when the replica was lost."""
+    sessions = {
+        "turns": {"distribution": "uniform", "min": 1, "max": 4}, "new_tokens": 30, "system_prompt_tokens": 64,
+        "think_time": {"mean": "50 ms"}, "tool_call_ratio": 0.5, "tool_time": {"mean": "10 ms"},
+    }  # fmt: skip
+    workload = {
+        "arrivals": {"process": "diurnal", "rate": "200 /s", "cv": 2.0, "period": "3 s"},
+        "input_tokens": {"distribution": "exponential", "mean": 120, "max": 600},
+        "output_tokens": {"distribution": "exponential", "mean": 40, "max": 200},
+        "num_requests": 30, "sessions": sessions,
+    }  # fmt: skip
+    for policy in ("fcfs", "priority"):
+        spec = {
+            "workload": workload, "replicas": 2, "router": "least_loaded",
+            "scheduler": {"policy": policy, "max_num_seqs": 64, "max_num_batched_tokens": 512, "num_kv_blocks": 100},
+            "kv_tiers": [{"name": "host", "capacity": "8 MB", "bandwidth": "1 GB/s"}],
+            "faults": [{"kind": "replica_loss", "at": "129 ms", "duration": "94 ms"}],
+        }  # fmt: skip
+        compare((spec, {"acceptance": (0.7, 0.5), "seed": 3, "disaggregated": False}))
+
+
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 

@@ -277,6 +277,17 @@ class Batch:
         self._evict(0, self.multi_step)
         return tokens
 
+    def _drop_loaded(self) -> bool:
+        """Give up blocks that waiting requests had brought back from a slower tier: they stand in the head's way."""
+        waiting = [item[3] for item in self.waiting] if self.is_priority else list(self.waiting)
+        holders = [request for request in waiting[1:] if request.load_done]
+        for request in holders:
+            self.loading_blocks -= request.load_done
+            self._release(request)
+            request.reset()
+        self.is_blocked = False
+        return bool(holders)
+
     def _hold(self, request: Request, match: Match) -> None:
         """Pin what is cached of a prompt, and begin its chain there."""
         request.node = self.cache.pin(match)

@@ -47,33 +47,29 @@ def common(mine: Keys, start: int, theirs: Keys) -> int:
 
 @dataclass
 class Tier:
-    """A slower store of evicted runs; transfers take turns."""
+    """A slower store of evicted keys, one by one, so that it does not matter how many leave at once; LRU."""
 
     name: str
     capacity_blocks: int
     ns_per_block: float
     latency_ns: int
-    runs: OrderedDict[int, tuple[Keys, int]] = field(default_factory=OrderedDict)
+    keys: OrderedDict[int, int] = field(default_factory=OrderedDict)
+    """key -> blocks"""
     used_blocks: int = 0
     free_at: int = 0
     loaded_blocks: int = 0
 
-    def put(self, keys: Keys, unit: int) -> list[tuple[Keys, int]]:
-        """Store a run; return the runs that fell out."""
-        if len(keys) * unit > self.capacity_blocks:
-            return [(keys, unit)]
-        old = self.runs.pop(keys[0], None)
-        if old is not None:
-            self.used_blocks -= len(old[0]) * old[1]
-            if len(old[0]) > len(keys):
-                keys = old[0]
-        self.used_blocks += len(keys) * unit
-        self.runs[keys[0]] = (keys, unit)
+    def put(self, key: int, blocks: int) -> list[tuple[int, int]]:
+        """Store a key; return what fell out."""
+        if blocks > self.capacity_blocks:
+            return [(key, blocks)]
+        self.used_blocks += blocks - self.keys.pop(key, 0)
+        self.keys[key] = blocks
         fallen = []
         while self.used_blocks > self.capacity_blocks:
-            _, (last, size) = self.runs.popitem(last=False)
-            self.used_blocks -= len(last) * size
-            fallen.append((last, size))
+            oldest = self.keys.popitem(last=False)
+            self.used_blocks -= oldest[1]
+            fallen.append(oldest)
         return fallen
 
 
@@ -136,19 +132,15 @@ class KvCache:
         for keys, unit in chain:
             end = position + len(keys) * unit
             while at < end:
-                index = (at - position) // unit
-                best, length = None, 0
-                for tier in self.tiers:
-                    stored = tier.runs.get(keys[index])
-                    if stored is not None:
-                        length = common(keys, index, stored[0])
-                        best = tier
-                        break
-                length = min(length, (limit - at) // unit)
-                if best is None or length <= 0:
+                key = keys[(at - position) // unit]
+                best = next((tier for tier in self.tiers if key in tier.keys), None)
+                if best is None or at + unit > limit:
                     return at - start, found
-                found.append((best, length * unit))
-                at += length * unit
+                if found and found[-1][0] is best:
+                    found[-1] = (best, found[-1][1] + unit)
+                else:
+                    found.append((best, unit))
+                at += unit
             position = end
         return at - start, found
 
@@ -239,9 +231,10 @@ class KvCache:
             self.lru_blocks -= drop * unit
             self.evicted += drop * unit
             if self.tiers:
-                fallen = [(gone, unit)]
-                for tier in self.tiers:
-                    fallen = [late for k, n in fallen for late in tier.put(k, n)]
+                for key in reversed(gone):
+                    fallen = [(key, unit)]
+                    for tier in self.tiers:
+                        fallen = [late for k, n in fallen for late in tier.put(k, n)]
 
     def clear(self) -> None:
         """Forget everything on the device (the replica was lost); tiers stay."""

@@ -129,6 +129,8 @@ class Replica(Batch):
         chunks: list[tuple[Request, int]] = []
         if self.prefilling or self.waiting:
             self._fill(now, chunks)
+            if self.is_blocked and not chunks and not self.num_running and self._drop_loaded():
+                self._fill(now, chunks)
         if chunks:
             self._start_mixed(now, chunks)
         elif self.batch:
@@ -375,6 +377,8 @@ class Replica(Batch):
             self._advance(done)
         self.version += 1
         self.phase = IDLE
+        self.is_blocked = False
+        self.ghosts = self.ghost_blocks = 0
         self.chunks = []
         self.resumed.clear()
         waiting = [item[3] for item in self.waiting] if self.is_priority else list(self.waiting)
