@@ -116,11 +116,11 @@ def test_draws_are_repeatable_and_spread_as_the_interval_says(times: OpTimes) ->
     assert times.draw(7).seconds(asked) == seconds[7]
     assert len(set(seconds.round(12))) > 150
     low, high = times.interval(asked)
-    # draws keep to the central nine tenths, and reach both of its ends
-    assert seconds.min() == pytest.approx(low, rel=1e-6)
-    assert seconds.max() == pytest.approx(high, rel=1e-6)
-    inside = (seconds > low * 1.0001) & (seconds < high * 0.9999)
-    assert 0.8 <= inside.mean() <= 0.97  # 90 % expected, 200 draws
+    # 90 % expected of 200 draws; their tails may be kept in
+    assert ((seconds >= low * 0.9999) & (seconds <= high * 1.0001)).mean() >= 0.8
+    # and they fill the interval: their 10th to 90th percentile spans a good part of it
+    tenth, ninetieth = np.quantile(seconds, [0.1, 0.9])
+    assert 0.5 <= (ninetieth - tenth) / (high - low) <= 1.0
 
 
 def test_a_fit_survives_the_profile(times: OpTimes, tmp_path) -> None:
