@@ -9,11 +9,11 @@ from typing import Any
 
 from longcat_sim.capacity import samples
 from longcat_sim.capacity.candidates import search_of
+from longcat_sim.capacity.op_times import op_times_of
 from longcat_sim.capacity.screen import tpot_limit_s
 from longcat_sim.capacity.search import CapacityResult, search_steps
 from longcat_sim.capacity.sweep import Progress
 from longcat_sim.specs.scenario import Scenario
-from longcat_sim.studies.op_times import op_times_of
 
 
 def simulate_candidate(scenario: Scenario) -> dict[str, float]:

@@ -14,6 +14,7 @@ import numpy as np
 from longcat_sim.capacity.answer import CapacityResult, Survivor
 from longcat_sim.capacity.candidates import Rejected, search_of, shapes
 from longcat_sim.capacity.fleet import max_rate
+from longcat_sim.capacity.op_times import op_times_of
 from longcat_sim.capacity.price import MILLION
 from longcat_sim.capacity.screen import OBJECTIVES, check_reachable, pareto, tpot_limit_s
 from longcat_sim.capacity.screen_serving import ScreenedFleets, screen_fleets
@@ -26,7 +27,6 @@ from longcat_sim.simulation.serving.simulate import simulate_serving
 from longcat_sim.specs.base import ParsedFloat
 from longcat_sim.specs.scenario import Scenario
 from longcat_sim.studies.engines import StepFunction, engine, kv_link, pool_scenario
-from longcat_sim.studies.op_times import op_times_of
 
 MOST_REQUESTS = 4000
 """Requests that one candidate serves: enough for a 99th percentile, few enough for fifty candidates."""

@@ -1,0 +1,136 @@
+"""What hides behind what: a layer's timeline while batch, context, link bandwidth and schedule move."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longcat_sim.capacity.screen import Times
+from longcat_sim.figures.timeline import COLORS, GROUPS
+from longcat_sim.ops.attention import StepSize
+from longcat_sim.ops.graph import step_graph
+from longcat_sim.ops.op import OpTimesLike
+from longcat_sim.ops.schedules import SCHEDULES
+from longcat_sim.panels.base import Control, Panel
+from longcat_sim.simulation.lanes import LaneEngine, Timeline
+from longcat_sim.simulation.load import typical_load
+from longcat_sim.simulation.program import build_program
+from longcat_sim.simulation.step import check_step, law_of, step_size
+from longcat_sim.specs.base import ParsedFloat
+from longcat_sim.specs.scenario import Scenario
+
+LAYERS = 3
+"""Layers that are solved; the middle one is shown."""
+
+
+def overlaps_of(scenario: Scenario) -> tuple[str, ...]:
+    """Return the schedules that the model's layers know; the present one first."""
+    known = [name for name, layer in SCHEDULES if layer == scenario.model.layer_kind]
+    now = scenario.deployment.overlap
+    return tuple(dict.fromkeys([now, *known]))
+
+
+def steady_layers(scenario: Scenario, op_times: OpTimesLike) -> Timeline:
+    """Return a few layers of the scenario's step, solved on the busiest rank alone by the event engine.
+
+    Raises:
+        UserError: a step that the model or the schedule does not allow.
+    """
+    size: StepSize = step_size(scenario)
+    check_step(scenario, size)
+    model, deployment = scenario.model, scenario.deployment
+    load = None
+    if model.num_moe_layers:
+        domain = scenario.hardware.scale_up.domain_size if scenario.hardware.scale_up else 1
+        rows = float(size.rows) * (deployment.tp_size if deployment.ep_size == 1 else 1)
+        load = typical_load(model, deployment, scenario.routing, rows, seed=scenario.seed, domain=domain)  # type: ignore[arg-type]
+    blocks = step_graph(model, deployment, size, load, 0)
+    longest = max((block for block in blocks if block.schedule is not None), key=lambda block: block.count)
+    from dataclasses import replace
+
+    few = replace(longest, count=min(longest.count, LAYERS), first_layer=0)
+    program = build_program([few], op_times, draws=1, ranks=1)
+    return LaneEngine(program, law_of(scenario, op_times, "max_min")).run()
+
+
+class OverlapPanel(Panel):
+    """The timeline of one layer in steady state: one bar trace per group of ops, moved in place."""
+
+    def __init__(self, scenario: Scenario, op_times: Times) -> None:
+        self.scenario, self.op_times = scenario, op_times
+        step = scenario.step
+        controls = []
+        if step is not None and step.phase == "decode":
+            controls += [
+                Control(
+                    "sequences_per_gpu", "sequences per GPU", float(step.sequences_per_gpu), 2.0, 512.0, is_log=True
+                ),
+                Control("context_tokens", "context, tokens", float(step.context_tokens), 128.0, 131072.0, is_log=True),
+            ]
+        link = scenario.hardware.scale_out or scenario.hardware.scale_up
+        if link is not None:
+            gb = link.bandwidth / 1e9
+            controls.append(Control("link_gb_per_s", "link, GB/s per GPU", gb, gb / 10, gb * 10, is_log=True))
+        controls.append(Control("overlap", "schedule", scenario.deployment.overlap, choices=overlaps_of(scenario)))
+        super().__init__(controls)
+
+    def changed(self) -> Scenario:
+        """Return the scenario that the controls describe."""
+        changes: dict[str, Any] = {"deployment.overlap": self.values["overlap"]}
+        for name in ("sequences_per_gpu", "context_tokens"):
+            if name in self.values:
+                changes[f"step.{name}"] = self.values[name]
+        if "link_gb_per_s" in self.values and self.values["link_gb_per_s"] != self.controls["link_gb_per_s"].value:
+            name = "scale_out" if self.scenario.hardware.scale_out is not None else "scale_up"
+            changes[f"hardware.{name}.bandwidth"] = ParsedFloat(self.values["link_gb_per_s"] * 1e9)
+        return self.scenario.what_if(changes)
+
+    def _build(self) -> Any:
+        import plotly.graph_objects as go
+
+        figure = go.Figure()
+        for group, color in COLORS.items():
+            figure.add_bar(
+                base=[], x=[], y=[], orientation="h", name=group,
+                marker={"color": color, "line": {"width": 0.5, "color": "white"}},
+                hovertemplate="%{customdata}<br>%{base:.1f} µs, %{x:.1f} µs long<extra></extra>",
+            )  # fmt: skip
+        figure.update_layout(
+            barmode="overlay", bargap=0.35, xaxis_title="time, µs", template="plotly_white", height=300,
+            legend={"orientation": "h", "y": -0.3}, margin={"l": 10, "r": 10, "t": 48, "b": 8},
+            yaxis={"categoryorder": "array", "categoryarray": ["communication", "compute"], "automargin": True},
+        )  # fmt: skip
+        return figure
+
+    def _update(self) -> None:
+        of = self.changed()
+        line = steady_layers(of, self.op_times(of.hardware))
+        program = line.program
+        middle = max(item.layer for item in program.items) // 2
+        rows: dict[str, list[tuple[float, float, str, str]]] = {group: [] for group in COLORS}
+        start = min(float(line.start_s[i, 0]) for i, item in enumerate(program.items) if item.layer == middle)
+        end = start
+        for i, item in enumerate(program.items):
+            if item.layer == middle:
+                first, last = float(line.start_s[i, 0]), float(line.end_s[i, 0])
+                end = max(end, last)
+                group = GROUPS.get(item.kind, "small op")
+                rows[group].append(((first - start) * 1e6, (last - first) * 1e6, program.lanes[item.lane], item.name))
+        for trace in self.figure.data:
+            bars = rows[trace.name]
+            trace.base = [bar[0] for bar in bars]
+            trace.x = [bar[1] for bar in bars]
+            trace.y = [bar[2] for bar in bars]
+            trace.customdata = [bar[3] for bar in bars]
+        exchange = [bar for bar in rows["exchange"] if bar[2] != "compute"]
+        hidden = _hidden_us([bar for group in rows.values() for bar in group if bar[2] == "compute"], exchange)
+        total = sum(bar[1] for bar in rows["exchange"])
+        self.text = f"one layer takes {(end - start) * 1e6:.0f} µs under {of.deployment.overlap}"
+        if total > 0:
+            self.text += f"; {hidden / total:.0%} of its {total:.0f} µs of exchange hides behind compute"
+
+
+def _hidden_us(compute: list[tuple[float, float, str, str]], exchange: list[tuple[float, float, str, str]]) -> float:
+    """Return how long exchange and compute run at once; ops of one lane do not overlap each other."""
+    return sum(
+        max(0.0, min(a[0] + a[1], b[0] + b[1]) - max(a[0], b[0])) for a in compute for b in exchange
+    )  # fmt: skip
