@@ -52,7 +52,7 @@ def price_against_context(scenario: Scenario, contexts: Sequence[int] = CONTEXTS
             row[f"{name}_interval_s"] = [float(x) for x in np.quantile(draws.step_s, (0.05, 0.95))]
             found = step_memory(changed)
             row[f"{name}_memory_bytes_per_gpu"] = float(found.total_bytes)
-            row["fits"] = row.get("fits", True) and found.total_bytes <= changed.hardware.memory_bytes
+            row["fits"] = row.get("fits", True) and found.fits
             for figure, values in step_figures(changed, draws).items():
                 if figure.startswith("usd_per_million"):
                     row[f"{name}_{figure}"] = float(np.median(values))
