@@ -28,8 +28,8 @@ GPU_PLAN: tuple[tuple[str, str, float], ...] = (
     ("sparse", "longcat-flash", 0.05),
     ("decode", "deepseek-v3", 0.12),
     ("prefill", "deepseek-v3", 0.05),
-    ("contention", "longcat-1layer-32e", 0.08),
     ("model-step", "longcat-1layer-32e", 0.15),
+    ("contention", "longcat-1layer-32e", 0.08),
 )
 """(suite, model, share of the time), in order of value."""
 CPU_PLAN: tuple[tuple[str, str, float], ...] = (
@@ -38,9 +38,9 @@ CPU_PLAN: tuple[tuple[str, str, float], ...] = (
     ("prefill", "longcat-cpu-64e", 0.05),
     ("small-ops", "longcat-cpu-64e", 0.20),
     ("sparse", "longcat-cpu-64e", 0.05),
+    ("model-step", "longcat-cpu-64e", 0.15),
     ("collectives", "longcat-cpu-64e", 0.05),
     ("contention", "longcat-cpu-64e", 0.05),
-    ("model-step", "longcat-cpu-64e", 0.15),
 )
 GPU_STEPS = (
     ("decode", 1, 1000), ("decode", 16, 1000), ("decode", 64, 2000), ("decode", 128, 1000), ("decode", 24, 4000),
@@ -69,6 +69,7 @@ def run_campaign(
     begin = time.monotonic()
     steps: list[StepMeasurement] = []
     dropped: list[tuple[str, Op]] = []
+    missed: list[str] = []
     if Path(out).exists():
         steps = list(load_measurements(out).steps)
     result: Profiled | None = None
@@ -77,10 +78,14 @@ def run_campaign(
         ahead = sum(part for _, _, part in plan[index:])
         box = max(0.0, left) * share / ahead
         if suite == "model-step":
-            steps += _steps(name, place, box) if left > 0 else []
+            fresh = _steps(name, place, box) if left > 0 else []
+            steps += fresh
+            missed += [] if fresh else [suite]
         elif suite in ("collectives", "contention"):
-            if left > 0 and result is not None:
-                result.rows += _between_ranks(suite, name, place, box)
+            rows = _between_ranks(suite, name, place, box) if left > 0 and result is not None else []
+            if result is not None:
+                result.rows += rows
+            missed += [] if rows else [suite]
         else:
             found = profile([suite], place, name, box, grid=grid, resume=out, progress=progress)
             dropped += found.dropped
@@ -89,7 +94,7 @@ def run_campaign(
         if result is not None:
             save_measurements(out, result.environment, result.rows, steps)
     assert result is not None
-    result.dropped, result.wall_s = dropped, time.monotonic() - begin
+    result.dropped, result.dropped_suites, result.wall_s = dropped, missed, time.monotonic() - begin
     return result
 
 

@@ -38,6 +38,8 @@ class Profiled(Sequence[Measurement]):
     dropped: list[tuple[str, Op]] = field(default_factory=list)
     """(suite, op) of points that were not reached."""
     wall_s: float = 0.0
+    dropped_suites: list[str] = field(default_factory=list)
+    """Whole suites for which no time was left, or that need more than one GPU."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,6 +54,8 @@ class Profiled(Sequence[Measurement]):
         if self.dropped:
             kinds = sorted({item.kind for _, item in self.dropped})
             text += f"; the time box dropped {len(self.dropped)} points ({', '.join(kinds)})"
+        if self.dropped_suites:
+            text += f"; not run: {', '.join(self.dropped_suites)}"
         return text
 
 
