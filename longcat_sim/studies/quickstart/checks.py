@@ -40,6 +40,18 @@ def decode_steps(times: OpTimes, model: str, device: Any) -> Section:
     return section
 
 
+def two_ranks() -> Section:
+    """Return two gloo ranks under ``none`` and ``sbo`` beside their prediction, on gloo's link and on a paced one."""
+    from longcat_sim.studies.validate import ranks
+
+    section = ranks.run(
+        shapes=(ranks.Shape(3, 64), ranks.Shape(3, 64, 1.0), ranks.Shape(2, 112, 2.0)),
+        fit_shapes=(ranks.Shape(2, 96),), blocks=2, repeats=8, attempts=1,
+    )  # fmt: skip
+    section.name, section.title = "check-3-ranks", "Check 3: two real ranks, overlap off (none) and on (sbo)"
+    return section
+
+
 def published_rows() -> tuple[Section, StepOutcome]:
     """Return LongCat-Flash on 128 H800 beside its report, and the step at 96 sequences per GPU."""
     section = Section("longcat-128-h800", "LongCat-Flash on 128 H800 beside its report (nothing is fitted to it)")

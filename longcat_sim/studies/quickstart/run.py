@@ -17,7 +17,14 @@ from longcat_sim.records.measurement import save_measurements
 from longcat_sim.specs.hardware import load_hardware
 from longcat_sim.specs.scenario import scenario
 from longcat_sim.studies.measure import write_this_machine
-from longcat_sim.studies.quickstart.checks import decode_steps, held_out_ops, prices, published_rows, traffic
+from longcat_sim.studies.quickstart.checks import (
+    decode_steps,
+    held_out_ops,
+    prices,
+    published_rows,
+    traffic,
+    two_ranks,
+)
 from longcat_sim.studies.result import ServeOutcome, StepOutcome
 from longcat_sim.studies.validate.section import Section
 
@@ -71,7 +78,6 @@ def quickstart(out: Path, *, device: str = "auto", progress: Progress | None = N
     """
     from longcat_sim.profiling.profile import pick_device, profile
     from longcat_sim.studies.quickstart.report import write_report
-    from longcat_sim.studies.validate import ranks
 
     began = time.monotonic()
     stages: dict[str, float] = {}
@@ -103,7 +109,7 @@ def quickstart(out: Path, *, device: str = "auto", progress: Progress | None = N
     tell(2, "running decode and prefill steps")
     sections.append(decode_steps(times, MODEL, place))
     tell(3, "two ranks, with and without overlap")
-    sections.append(ranks.run(times, quick=True))
+    sections.append(two_ranks())
     tell(4, "LongCat-Flash on 128 H800")
     rows, step = published_rows()
     sections.append(rows)

@@ -192,7 +192,7 @@ def predict(block: Block, name: str, layers: int, ranks: int, beside: Beside) ->
 
 def run(
     *, model: str = "longcat-tiny", shapes: Sequence[Shape] = SHAPES, fit_shapes: Sequence[Shape] = FIT_SHAPES,
-    blocks: int = 3, repeats: int = 20, num_ranks: int = 2, **_: Any,
+    blocks: int = 3, repeats: int = 20, num_ranks: int = 2, attempts: int = ATTEMPTS, **_: Any,
 ) -> Section:  # fmt: skip
     """Return the section: spans and the paired ratio of sbo to none, with the spread between blocks."""
     spec = model_spec(model)
@@ -211,7 +211,7 @@ def run(
         if shape.pace is not None:
             pace_s = shape.pace * per_token * shape.batch * shape.queries / (2 * spec.num_layers)
         taken: list[Block] = []
-        for _attempt in range(ATTEMPTS):
+        for _attempt in range(attempts):
             taken = [
                 measure(spec, shape, repeats=repeats, num_ranks=num_ranks, pace_s=pace_s) for _ in range(max(2, blocks))
             ]
