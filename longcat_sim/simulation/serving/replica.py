@@ -121,11 +121,13 @@ class Replica(Batch):
     def compose(self, now: int) -> None:
         """Decide what the next step or run of steps computes, and start it."""
         self.is_blocked = self.has_preempted = self.is_late = False
-        if self.is_async and not self.num_running and self.group is None:
-            self.cutoff = now  # nothing was left to run: the decision is taken now
-            self.ghosts = self.ghost_blocks = 0
         if self.batch:
             self._make_room(now)
+        if not self.num_running:  # nothing is left to run: the decision is taken now, for all that wait
+            self.has_preempted = False
+            if self.is_async and self.group is None:
+                self.cutoff = now
+                self.ghosts = self.ghost_blocks = 0
         chunks: list[tuple[Request, int]] = []
         if self.prefilling or self.waiting:
             self._fill(now, chunks)
