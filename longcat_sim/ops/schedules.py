@@ -106,16 +106,14 @@ class Schedule:
         """Return each lane's order over a stack of ``layers``; ``+1`` entries of the first layer come first."""
         lanes: dict[str, list[AtLayer]] = {}
         for lane, entries in self.lanes.items():
-            order = [(0, *split(entry)) for entry in entries if entry.endswith("+1")]
-            for layer in range(layers):
-                for entry in entries:
-                    ahead = layer + entry.endswith("+1")
-                    if ahead < layers:
-                        order.append((ahead, *split(entry)))
-            lanes[lane] = order if order else []
-        if any(entry.endswith("+1") for entries in self.lanes.values() for entry in entries):
-            for lane, order in lanes.items():  # the first layer's early entries were put in front
-                lanes[lane] = list(dict.fromkeys(order))
+            early = [(0, *split(entry)) for entry in entries if entry.endswith("+1")]
+            steady = [
+                (layer + entry.endswith("+1"), *split(entry))
+                for layer in range(layers)
+                for entry in entries
+                if layer + entry.endswith("+1") < layers
+            ]
+            lanes[lane] = early + steady
         return lanes
 
     def waits(self, layers: int) -> dict[AtLayer, set[AtLayer]]:
