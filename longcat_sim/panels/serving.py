@@ -61,8 +61,9 @@ class ServingPanel(Panel):
                 row=1, col=column, showlegend=column == 1,
             )  # fmt: skip
         for column, (name, scale) in enumerate((("ttft", 1.0), ("tpot", 1e3)), 1):
-            if self.limits[name] is not None:
-                figure.add_hline(y=self.limits[name] * scale, line_dash="dash", line_color="#d1495b", row=1, col=column)
+            limit = self.limits[name]
+            if limit is not None:
+                figure.add_hline(y=limit * scale, line_dash="dash", line_color="#d1495b", row=1, col=column)
         figure.update_xaxes(title_text="requests/s of the fleet")
         figure.update_yaxes(title_text="s", row=1, col=1, rangemode="tozero")
         figure.update_yaxes(title_text="ms", row=1, col=2, rangemode="tozero")
