@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from longcat_sim.ops.attention import StepSize
 from longcat_sim.ops.graph import LayerLoad, step_graph
@@ -113,7 +114,11 @@ def _sparse_ops(spec: ModelSpec, dtype: str) -> list[Op]:
         for queries in (1, 2)
         for context in (1024, 4096, 16384)
     ]
-    width = {"heads": spec.num_attention_heads, "latent": spec.kv_lora_rank, "rope": spec.qk_rope_head_dim}
+    width: dict[str, Any] = {
+        "heads": spec.num_attention_heads,
+        "latent": spec.kv_lora_rank,
+        "rope": spec.qk_rope_head_dim,
+    }
     return found + [
         op("sparse_mla", dtype=dtype, batch=batch, queries=queries, selected=selected, **width)
         for batch in (1, 8)
