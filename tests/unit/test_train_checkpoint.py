@@ -160,6 +160,17 @@ def test_diverging_run_says_where(corpus: TextCorpus) -> None:
         run.step()
 
 
+def test_scaled_loss_gives_the_same_run_without_epsilon(corpus: TextCorpus) -> None:
+    """Adam with epsilon 1e-16 and clipping by a scaled norm do not notice a factor of 2^-20 on all gradients."""
+    plain, scaled = trainer(corpus, epsilon=1e-30), trainer(corpus, epsilon=1e-30, loss_scale=2.0**-20)
+    plain.run()
+    scaled.run()
+    assert [row["loss"] for row in scaled.history] == pytest.approx([row["loss"] for row in plain.history], rel=1e-5)
+    norms = [[row["gradient_norm"] for row in run.history] for run in (plain, scaled)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    assert max(norms[0]) > CONFIG.clip_norm, "some step was clipped"
+
+
 def test_empty_or_missing_corpus(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("short")
     (tmp_path / "empty").mkdir()

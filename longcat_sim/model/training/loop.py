@@ -104,9 +104,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         if config.clip_norm:
-            limit = config.clip_norm * config.loss_scale
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True)
-            row["gradient_norm"] = float(norm) / config.loss_scale
+            row["gradient_norm"] = self._clip(config.clip_norm * config.loss_scale) / config.loss_scale
         rate = config.learning_rate_at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
@@ -132,6 +130,16 @@ class Trainer:
         self.tokens_seen += config.tokens_per_step
         self.history.append(row)
         return row
+
+    def _clip(self, limit: float) -> float:
+        """Scale all gradients to a norm of at most ``limit`` and return the norm before.
+
+        The library's own adds 1e-6 to the norm, which is large beside the gradients of a scaled loss.
+        """
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        torch._foreach_mul_(gradients, (limit / norm).clamp(max=1.0))
+        return float(norm)
 
     def _look(self, lm_loss: Tensor, watch: Watch) -> Row:
         """Return what is looked at now and then: R_g and router similarity of each layer."""

@@ -23,7 +23,7 @@ def tasks(quick: bool, out: Path) -> list[Task]:
         Task(f"budget-{experts}", "budget:controlled",
              {"experts": experts, "steps": steps, "folder": str(out / "routing" / f"e{experts}-{steps}"),
               "held_out": 16 if quick else 96}, cost=steps * 0.16)
-        for experts, steps in (((32, 110),) if quick else ((32, 1500), (64, 1000)))
+        for experts, steps in (((32, 90),) if quick else ((32, 1500), (64, 1000)))
     ]  # fmt: skip
     off = 20 if quick else 300
     runs.append(Task("budget-off", "budget:uncontrolled", {"steps": off}, cost=off * 0.11))

@@ -16,7 +16,7 @@ SHALLOW = 2
 
 def tasks(quick: bool) -> list[Task]:
     """Return the runs: from scratch, grown after a fifth of the tokens, and grown late (the report warns of it)."""
-    seeds, steps = ((0,), 60) if quick else ((0, 1, 2), 300)
+    seeds, steps = ((0,), 40) if quick else ((0, 1, 2), 300)
     arms = {"scratch": 0.0, "grown": 0.2} | ({} if quick else {"late": 0.6})
     return [
         Task(f"growth-{arm}-{seed}", "growth:arm", {"seed": seed, "steps": steps, "share": share},

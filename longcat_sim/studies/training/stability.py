@@ -21,7 +21,7 @@ EPSILONS = (1e-16, 1e-8)
 
 def tasks(quick: bool) -> list[Task]:
     """Return the runs of this part."""
-    seeds, steps = ((0,), 25) if quick else ((0, 1, 2), 150)
+    seeds, steps = ((0,), 25) if quick else ((0, 1, 2), 80)
     runs = [
         Task(f"z-{weight:g}-{seed}", "stability:hidden_z", {"weight": weight, "seed": seed, "steps": steps},
              steps * 0.03)
