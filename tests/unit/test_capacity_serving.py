@@ -1,0 +1,102 @@
+"""Fleets for traffic: the fluid screen against the serving engine, and the search around both."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from longcat_sim.capacity.op_times import op_times_of
+from longcat_sim.capacity.screen_serving import screen_fleets
+from longcat_sim.capacity.traffic import Traffic
+from longcat_sim.errors import CapacityError
+from longcat_sim.specs.scenario import Scenario, scenario
+from longcat_sim.studies.capacity_serving import assess_fleet, highest_rate, is_met, serving_capacity, simulate_fleet
+from longcat_sim.studies.engines import StepFunction
+
+DOCUMENT = {
+    "model": "llama-3.1-8b", "hardware": "h100-sxm",
+    "deployment": {
+        "num_gpus": 1, "precision": {"weights": "bf16", "attention": "bf16", "kv_cache": "bf16"},
+    },
+    "serve": {
+        "workload": {
+            "arrivals": {"process": "poisson", "rate": "40 /s"}, "input_tokens": 500, "output_tokens": 200,
+            "num_requests": 4000,
+        },
+        "replicas": 2, "scheduler": {"max_num_seqs": 256, "max_num_batched_tokens": 2048},
+        "slo": [{"name": "default", "ttft": "1 s", "tpot": "25 ms"}],
+    },
+    "search": {"num_gpus": [1, 2], "tp_size": [1, 2], "max_gpus": 8, "survivors": 6},
+    "price": {"usd_per_gpu_hour": 2.0}, "draws": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base() -> Scenario:
+    return scenario(DOCUMENT)
+
+
+def steps(of: Scenario) -> StepFunction:
+    return StepFunction(of, op_times_of(of.hardware))
+
+
+def test_the_means_of_a_constant_workload(base: Scenario) -> None:
+    traffic = Traffic.of(base)
+    assert traffic.requests_per_s == 40
+    assert (traffic.input_tokens, traffic.output_tokens) == (500, 200)
+    assert traffic.decode_context == 600
+    assert traffic.prompt_keys == 250.5
+    with pytest.raises(CapacityError, match="expected a process with a rate"):
+        Traffic.of(base.what_if({"serve.workload.arrivals": {"process": "closed_loop", "concurrency": 8}}))
+
+
+def test_sessions_compute_only_what_is_new(base: Scenario) -> None:
+    of = base.what_if(
+        {"serve.workload.sessions": {"turns": 3, "new_tokens": 100}, "serve.workload.arrivals.rate": "4 /s"}
+    )
+    traffic = Traffic.of(of)
+    assert traffic.requests_per_s == pytest.approx(12, rel=0.01)
+    # turns of 500, 800 and 1100 input tokens; the second and third compute 100 new ones
+    assert traffic.input_tokens == pytest.approx(800, rel=0.01)
+    assert traffic.computed_tokens == pytest.approx(700 / 3, rel=0.01)
+
+
+def test_the_bill_of_a_fleet_is_its_gpus(base: Scenario) -> None:
+    screened = screen_fleets(base, steps)
+    row = screened.row(0)
+    assert row["usd_per_million_output_tokens"] == pytest.approx(row["num_gpus"] * 2.0 / (40 * 200 * 3600) * 1e6)
+    assert len(screened.labels) + sum(screened.rejected.counts.values()) == screened.looked_at
+    single = [(c["serve.replicas"], i) for i, c in enumerate(screened.changes) if c["deployment.num_gpus"] == 1]
+    one = dict(single)
+    tpot = screened.columns["tpot_s"]
+    assert tpot[one[8]] < tpot[one[4]] < tpot[one[2]]  # more replicas, smaller batches, faster tokens
+
+
+@pytest.mark.slow
+def test_the_fluid_screen_ranks_as_the_engine_does(base: Scenario) -> None:
+    from scipy.stats import kendalltau
+
+    screened = screen_fleets(base, steps)
+    got = [simulate_fleet(base.what_if(changes), most_requests=1500) for changes in screened.changes]
+    stable = [i for i, row in enumerate(got) if not row["unstable"]]
+    tpot = np.array([got[i]["tpot_s"] for i in stable])
+    assert len(stable) >= 6
+    assert kendalltau(screened.columns["tpot_s"][stable], tpot).statistic >= 0.9
+    assert np.median(np.abs(screened.columns["tpot_s"][stable] / tpot - 1)) < 0.15
+
+
+@pytest.mark.slow
+def test_the_winner_keeps_its_level_and_one_replica_less_does_not(base: Scenario) -> None:
+    result = serving_capacity(base)
+    best = base.what_if(result.winner.screened["changes"])
+    assert is_met(simulate_fleet(best), base)
+    assert assess_fleet(best)["attained"] >= 0.95
+    rate = highest_rate(best, rtol=0.1)
+    assert rate["requests_per_s"] >= 40 * 0.9
+    assert rate["broken_at_requests_per_s"] > rate["requests_per_s"]
+    cheaper = [i for i, row in enumerate(result.survivors) if row.figure("num_gpus") < result.winner.figure("num_gpus")]
+    assert all(not is_met(result.survivors[i].figures or {}, base) for i in cheaper)
+    with pytest.raises(CapacityError, match=r"serve\.slo: expected a fleet"):
+        serving_capacity(
+            base.what_if({"search.max_gpus": 2, "serve.slo": [{"name": "d", "tpot": "6 ms", "ttft": "1 s"}]})
+        )
