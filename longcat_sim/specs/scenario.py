@@ -110,7 +110,8 @@ class Scenario:
         self.deployment, self.routing, self.speculative = parsed.deployment, parsed.routing, parsed.speculative
         self.step, self.serve, self.search = parsed.step, parsed.serve, parsed.search
         self.price, self.seed, self.draws = parsed.price, parsed.seed, parsed.draws
-        check_deployment(self.model, self.deployment, where=self._at("deployment"))
+        extra = self.routing.redundant_experts
+        check_deployment(self.model, self.deployment, where=self._at("deployment"), redundant_experts=extra)
 
     def _at(self, key: str) -> str:
         line = self._lines.get((key,)) if self._lines else None
@@ -236,11 +237,22 @@ def _read_as(node: Any, name: str, value: Any, *, where: str) -> Any:
         ) from None
 
 
-def check_deployment(model: ModelSpec, deployment: Deployment, *, where: str = "deployment") -> None:
-    """Raise SpecError, with the sum written out, if the model's sizes do not divide over the deployment."""
+def check_deployment(
+    model: ModelSpec, deployment: Deployment, *, where: str = "deployment", redundant_experts: int = 0
+) -> None:
+    """Raise SpecError, with the sum written out, if the model's sizes do not divide over the deployment.
+
+    Ranks hold equal numbers of experts, replicas included: 256 and 32 redundant ones lie on 144 ranks.
+    """
     faults = []
     experts = model.n_routed_experts
-    if experts and experts % deployment.ep_size:
+    if experts and redundant_experts and (experts + redundant_experts) % deployment.ep_size:
+        slots = experts + redundant_experts
+        faults.append(
+            f"{where}: ep_size must divide n_routed_experts + redundant_experts: {slots} % {deployment.ep_size} = "
+            f"{slots % deployment.ep_size}; use {-experts % deployment.ep_size} redundant experts"
+        )
+    elif experts and not redundant_experts and experts % deployment.ep_size:
         near = [size for size in range(1, experts + 1) if experts % size == 0 and deployment.num_gpus % size == 0]
         faults.append(
             f"{where}: ep_size must divide n_routed_experts: {experts} % {deployment.ep_size} = "

@@ -70,3 +70,20 @@ def test_a_recorded_trace_is_resampled_to_the_model():
     routing = Routing(source="recorded", file="r.npz")
     load = draw_loads(LONGCAT, EP128, routing, 100, layers=2, draws=2, trace=trace)
     assert load.sent.mean() == pytest.approx(100 * 12 * 8 / 12, rel=0.03)  # two thirds of the choices are FFN experts
+
+
+def test_redundant_experts_let_other_rank_counts_divide():
+    from longcat_sim.calibration.roofline import Roofline
+    from longcat_sim.simulation.step import simulate_step
+    from longcat_sim.specs.scenario import scenario
+
+    layout = {"deployment.num_gpus": 144, "deployment.ep_size": 144, "model.num_layers": 5}
+    with pytest.raises(SpecError, match="256 % 144 = 112"):
+        scenario("deepseek-v3-h800-decode", layout)
+    case = scenario(
+        "deepseek-v3-h800-decode",
+        {**layout, "routing": {"source": "multinomial", "placement": "eplb", "redundant_experts": 32}},
+    )
+    result = simulate_step(case, Roofline(case.hardware))
+    assert result.timeline.program.ranks == 144
+    assert result.memory.parts["expert_weights"] == pytest.approx(2 * 3 * 7168 * 2048 * 2)  # 2 experts in 2 MoE layers

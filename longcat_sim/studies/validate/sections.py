@@ -13,6 +13,7 @@ SECTIONS: dict[str, str] = {
     "deepseek-v3": "DeepSeek-V3 on H800: decode and prefill throughput",
     "training-overlap": "ScMoE training: share of exposed dispatch and combine",
     "h800-trace": "an H800 kernel trace: every kernel's start (needs the trace)",
+    "limits": "where overlap with contention makes a step longer, by batch",
     "ops": "fitted op times against held-out measurements",
     "own-step": "steps of the executable model on this machine, predicted from its ops",
     "transfer": "op times fitted on some systems, predicted for others",
