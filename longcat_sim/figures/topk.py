@@ -228,4 +228,9 @@ def study_page(study: Mapping) -> str:
         ("model", *(f"entropy, {p} pairs (nats)" for p in entropies["base"])),
         [(MODEL_NAMES[m], *(_cell(v) for v in by_pairs.values())) for m, by_pairs in entropies.items()],
     )
+    page.heading("What it saves at which context (simulated)")
+    for priced in study["price"]:
+        lent = ", indexer of DeepSeek-V3.2 lent" if priced["is_indexer_lent"] else ""
+        title = f"{priced['model']} on {priced['hardware']}{lent}, {priced['sequences_per_gpu']:g} sequences per GPU"
+        page.figure(price_figure(priced["rows"], priced["crossover_tokens"], title))
     return page.html()

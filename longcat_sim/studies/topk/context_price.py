@@ -67,6 +67,7 @@ def price_against_context(scenario: Scenario, contexts: Sequence[int] = CONTEXTS
         "scenario": scenario.name,
         "model": scenario.model.name,
         "hardware": scenario.hardware.name,
+        "sequences_per_gpu": scenario.step.sequences_per_gpu,
         "index_topk": scenario.model.index_topk or INDEXER["index_topk"],
         "is_indexer_lent": not own,
         "rows": rows,

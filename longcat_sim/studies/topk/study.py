@@ -21,6 +21,9 @@ from longcat_sim.studies.topk import summary
 from longcat_sim.studies.topk.claims import judge
 
 SCHEMA = "longcat_sim.topk_study/1"
+PRICED = ("deepseek-v3.2-h800-decode", "longcat-flash-h800-decode")
+"""Packaged scenarios whose step is priced with and without an indexer."""
+PRICED_SEQUENCES = 16
 FIRST_TOKEN = 1000
 """Where the first window of text starts; the others follow at equal distance."""
 
@@ -46,11 +49,13 @@ class Plan:
     dense_steps: int
     more_steps: int
     test_batches: int
+    price_contexts: tuple[int, ...]
+    price_draws: int
 
 
 FULL = Plan(4, 2048, 4096, (0.01, 0.02, 0.05, 0.1, 0.2), (0.8, 0.6, 0.4, 0.2), 3, 3, 120, 40, 24, 2, 500,
-            5, 250, 80, 4)  # fmt: skip
-QUICK = Plan(1, 256, 0, (0.1,), (0.8, 0.4), 1, 1, 4, 2, 2, 1, 100, 2, 20, 5, 1)
+            5, 250, 80, 4, (2048, 4096, 8192, 16384, 32768, 65536, 131072), 8)  # fmt: skip
+QUICK = Plan(1, 256, 0, (0.1,), (0.8, 0.4), 1, 1, 4, 2, 2, 1, 100, 2, 20, 5, 1, (8192, 65536), 2)
 
 
 @lru_cache(maxsize=1)
@@ -120,8 +125,16 @@ def _recall(plan: Plan, seed: int) -> dict[str, Any]:
     return recall_run(seed, dense_steps=plan.dense_steps, more_steps=plan.more_steps, batches=plan.test_batches)
 
 
+def _price(plan: Plan, name: str) -> dict[str, Any]:
+    from longcat_sim.specs.scenario import scenario
+    from longcat_sim.studies.topk.context_price import price_against_context
+
+    step = {"phase": "decode", "sequences_per_gpu": PRICED_SEQUENCES, "context_tokens": plan.price_contexts[0]}
+    return price_against_context(scenario(name, {"step": step, "draws": plan.price_draws}), plan.price_contexts)
+
+
 _PIECES: dict[str, Callable[..., Any]] = {
-    "indexer": _indexers, "window": _window, "needles": _needles, "recall": _recall,
+    "indexer": _indexers, "window": _window, "needles": _needles, "recall": _recall, "price": _price,
 }  # fmt: skip
 
 
@@ -146,7 +159,8 @@ def pieces(plan: Plan) -> list[tuple[str, tuple]]:
     if plan.long_context_tokens:
         work.append(("window", (plan, 0, plan.long_context_tokens)))
     work += [("needles", (plan, part)) for part in range(plan.needle_parts)]
-    return work + [("recall", (plan, seed)) for seed in range(plan.seeds)]
+    work += [("recall", (plan, seed)) for seed in range(plan.seeds)]
+    return work + [("price", (plan, name)) for name in PRICED]
 
 
 def gather(work: list[tuple[str, tuple]], results: list[Any], quick: bool) -> dict[str, Any]:
@@ -165,6 +179,7 @@ def gather(work: list[tuple[str, tuple]], results: list[Any], quick: bool) -> di
         "indexer": summary.indexer(by_piece["indexer"][0]),
         "needles": summary.needles([x for part in by_piece["needles"] for x in part]),
         "recall": summary.recall(by_piece["recall"]),
+        "price": by_piece["price"],
         "windows": [{k: w[k] for k in ("first_token", "context_tokens", "dense_nll_nats")} for w in by_piece["window"]],
     }
     study["claims"] = judge(study)
