@@ -13,7 +13,7 @@ import numpy as np
 
 from longcat_sim.calibration import OpTimes
 from longcat_sim.errors import SpecError
-from longcat_sim.simulation.step import simulate_draws, step_memory
+from longcat_sim.simulation.step import simulate_draws, step_memory, step_size
 from longcat_sim.specs.scenario import Scenario
 from longcat_sim.studies.simulate import step_figures
 
@@ -67,7 +67,7 @@ def price_against_context(scenario: Scenario, contexts: Sequence[int] = CONTEXTS
         "scenario": scenario.name,
         "model": scenario.model.name,
         "hardware": scenario.hardware.name,
-        "sequences_per_gpu": scenario.step.sequences_per_gpu,
+        "sequences_per_gpu": float(step_size(scenario).sequences),
         "index_topk": scenario.model.index_topk or INDEXER["index_topk"],
         "is_indexer_lent": not own,
         "rows": rows,
