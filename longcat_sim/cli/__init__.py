@@ -12,6 +12,8 @@ VERBS: dict[str, str] = {
     "calibrate": "Fit operator times to measurements and write them into a hardware profile.",
     "simulate": "Simulate a scenario: one step, or an hour of traffic.",
     "capacity": "Search deployments: the cheapest that keeps the service level, what binds it, and why.",
+    "train": "Train a small LongCat-Flash by the published recipe, or study the recipe's claims.",
+    "topk-study": "Study top-k sparse attention on a real language model and from scratch.",
     "validate": "Print predictions beside published and measured results.",
 }
 
