@@ -65,14 +65,13 @@ def step_sample(scenario: Scenario, op_times: Any, discrepancy: Discrepancy | No
 
 
 def assess(
-    scenario: Scenario, op_times: Any, limit_s: float | None = None, *, draws: int = 32, quantile: float = 0.5,
-    discrepancy: Discrepancy | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """Return a decode step's figures over ``draws`` of everything at once: the median of each, with ``_p5`` and
-    ``_p95``; the ``probability`` of at most ``limit_s`` per token, and the time per token reached with probability
-    ``quantile``."""
-    sample = step_sample(scenario, op_times, discrepancy)
-    rows = [sample(dict.fromkeys(STEP_SOURCES, index)) for index in (range(1, draws + 1) if draws > 1 else (0,))]
+    scenario: Scenario, op_times: Any, limit_s: float | None = None, *, draws: int = 32, quantile: float = 0.5
+) -> dict[str, float]:
+    """Return a decode step's figures over ``draws`` of calibration, routing and model error at once: the median of
+    each, with ``_p5`` and ``_p95``; the ``probability`` of at most ``limit_s`` per token, and the time per token that
+    is kept with probability ``quantile``."""
+    found = simulate_draws(scenario, op_times, draws, seed=scenario.seed)
+    rows = [decode_figures(scenario, float(seconds)) for seconds in found.step_s]
     figures: dict[str, float] = {}
     for name in rows[0]:
         low, middle, high = np.quantile([row[name] for row in rows], (0.05, 0.5, 0.95))

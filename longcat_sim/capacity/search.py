@@ -175,7 +175,7 @@ def choose(
         row.figures = {**row.figures, **assessed}
         chance = float(assessed["probability"])
         mine = devices == devices[at]
-        if chance >= search.probability:
+        if chance >= search.probability and assessed["tpot_s_at_probability"] <= limit_s:
             needed = max(float(spread[at]), float(assessed["tpot_s_at_probability"]) / screened.columns["tpot_s"][at])
             known = np.isin(devices, [devices[other.at] for _, other in tried])
             return row, np.where(mine | ~known, min(needed, limit_s / screened.columns["tpot_s"][at]), spread)

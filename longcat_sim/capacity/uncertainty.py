@@ -13,18 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from longcat_sim.calibration.transfer import SHEET_ERROR
 from longcat_sim.capacity.interval import Interval
 from longcat_sim.errors import CapacityError
 from longcat_sim.ops.op import KINDS, FloatArray, Op, OpArrays, OpTimesLike, ResourceShares, Tag
+from longcat_sim.simulation.step import MODEL_DISCREPANCY
 
 SOURCES = ("calibration", "routing", "traffic", "discrepancy")
-DATASHEET_SPREAD = 0.47
-"""Standard deviation (log) given to a kind of op that nobody measured.
-
-Source: the gap between ideal and served time per token at one published operating point, 16 against 26 ms
-(LongCat-Flash report, section 6.3.2): ln(26/16) = 0.49, and 0.64 for DeepSeek-V3: 0.45. An order of magnitude, not a
-fit."""
-
 Sample = Callable[[Mapping[str, int]], Mapping[str, float]]
 
 
@@ -83,25 +78,24 @@ class Discrepancy:
     """Model error that remains when every op time is right: log ratios (measured / predicted) of whole systems.
 
     The systems are ones that were left out of the fit. ``factor(i)`` draws one of them, jittered by the kernel width
-    that makes the smoothed sample's variance the sample's own. Without residuals the factor is 1 and results say so.
+    that makes the smoothed sample's variance the sample's own. Without residuals it is log-normal around 1 with the
+    spread that the step model has on whole published steps.
 
     Source: smoothed bootstrap with variance correction, Silverman and Young, Biometrika 74 (1987), section 2.
     """
 
     log_residuals: tuple[float, ...] = ()
     seed: int = 0
-
-    @property
-    def is_known(self) -> bool:
-        """Whether there are residuals."""
-        return len(self.log_residuals) > 0
+    spread: float = MODEL_DISCREPANCY
 
     def factor(self, index: int) -> float:
         """Return the factor on a predicted time of draw ``index``; 1 for index 0."""
-        if index == 0 or not self.is_known:
+        if index == 0:
             return 1.0
-        values = np.asarray(self.log_residuals)
         rng = np.random.default_rng([self.seed, 7, index])
+        if not self.log_residuals:
+            return float(np.exp(self.spread * rng.standard_normal()))
+        values = np.asarray(self.log_residuals)
         # a systematic shift is reported, not corrected: spread about zero, of the residuals' root mean square
         spread = float(np.sqrt(np.mean(values**2)))
         width = 0.9 * spread * len(values) ** -0.2
@@ -177,7 +171,7 @@ def measure_next(
     """Return the kinds of op ranked by how much knowing them would narrow ``figure``, most first.
 
     ``figure`` evaluates the decision with given op times; ``tags`` are the worst tags of the step's op kinds. A kind
-    with a fit moves by the fit's own draws; one from the data sheet by ``DATASHEET_SPREAD``, for it has none.
+    moves by the op times' own draws; one from a data sheet that does not vary there by ``SHEET_ERROR``.
     ``other_variance`` is what routing, traffic and model error add.
 
     Raises:
@@ -189,17 +183,16 @@ def measure_next(
     variances: dict[str, float] = {}
     centre = figure(op_times)
     for kind, tag in tags.items():
-        values = []
-        if tag == "datasheet" or not can_draw:
-            ends = [
-                figure(ScaledKinds(op_times, {kind: float(np.exp(sign * DATASHEET_SPREAD))})) for sign in (-1, 1)
-            ]  # fmt: skip
-            variances[kind] = ((ends[1] - ends[0]) / 2) ** 2  # half a swing of one standard deviation each way
-            continue
-        for index in range(1, draws + 1):
+        values = [0.0]
+        for index in range(1, draws + 1) if can_draw else ():
             moved = ScaledKinds(op_times, draw=op_times.draw(index), kinds=frozenset({kind}))
             values.append(figure(moved) - centre)
-        variances[kind] = float(np.mean(np.square(values)))
+        variances[kind] = float(np.sum(np.square(values))) / max(1, len(values) - 1)
+        if (
+            tag == "datasheet" and variances[kind] == 0
+        ):  # op times without draws: half a swing of one deviation each way
+            ends = [figure(ScaledKinds(op_times, {kind: float(np.exp(sign * SHEET_ERROR))})) for sign in (-1, 1)]
+            variances[kind] = ((ends[1] - ends[0]) / 2) ** 2
     total = sum(variances.values()) + other_variance
     advice = [
         Advice(

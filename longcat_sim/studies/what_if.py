@@ -42,7 +42,8 @@ def where_from(
 ) -> Uncertainty:  # fmt: skip
     """Return intervals of a step's figures and the share of each source: calibration, routing, model error.
 
-    ``log_residuals`` are log(measured / predicted) of whole systems that were left out of the fit.
+    ``log_residuals`` are log(measured / predicted) of whole systems that were left out of the fit; without them the
+    step model's own spread on published steps is used.
     """
     known = Discrepancy(tuple(log_residuals), scenario.seed)
     sample = samples.step_sample(scenario, op_times_of(scenario.hardware), known)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
+from longcat_sim.calibration.transfer import SHEET_ERROR
 from longcat_sim.capacity.sensitivity import solve_for, terms, tornado
 from longcat_sim.capacity.uncertainty import Discrepancy, measure_next, probability, uncertainty
 from longcat_sim.errors import CapacityError
@@ -121,7 +122,9 @@ def test_discrepancy_has_the_residuals_spread() -> None:
     assert drawn.std() == pytest.approx(np.sqrt(np.mean(np.square(residuals))), rel=0.05)
     assert abs(drawn.mean()) < 0.005
     assert Discrepancy(residuals).factor(0) == 1
-    assert Discrepancy().factor(3) == 1
+    assume = np.log([Discrepancy(spread=0.11).factor(i) for i in range(1, 4000)])
+    assert assume.std() == pytest.approx(0.11, rel=0.05)
+    assert Discrepancy(spread=0.0).factor(3) == 1
 
 
 GEMM, NORM, SEND = op("gemm", m=1, n=1, k=1), op("norm", rows=1, width=1), op("send", message_bytes=1, ranks=2)
@@ -144,7 +147,7 @@ def test_measure_next_ranks_by_what_would_narrow() -> None:
     tags = {"gemm": "measured", "norm": "measured", "send": "datasheet"}
     first, second, third = measure_next(total, Fitted(), tags, draws=10)
     assert (first.kind, second.kind, third.kind) == ("send", "gemm", "norm")
-    variance = (2 * math.sinh(0.47)) ** 2 + 0.4**2 + 0.1**2
+    variance = (2 * math.sinh(SHEET_ERROR)) ** 2 + 0.4**2 + 0.1**2
     assert second.share == pytest.approx(0.16 / variance)
     assert first.narrowing == pytest.approx(1 - math.sqrt(0.17 / variance))
     assert first.suite == "collectives"
