@@ -38,9 +38,9 @@ def usd_per_million_tokens(
 class Work:
     """GPU-seconds that one pool spent, and the tokens they made.
 
-    The rule for mixed batches: busy GPU-seconds are split between prefill and decode in the ratio of what the prompt and
-    the output tokens would take in steps of their own, at the run's mean sizes (the step model gives both); what is
-    left of the paid time is idle.
+    The rule for mixed batches: busy GPU-seconds are split between prefill and decode in the ratio of what the prompt
+    and the output tokens would take in steps of their own, at the run's mean sizes (the step model gives both); what
+    is left of the paid time is idle.
     """
 
     paid_gpu_s: float
