@@ -80,6 +80,7 @@ def test_equal_indices_give_equal_steps(base: Scenario) -> None:
     assert one({**at, "routing": 2}) != one(at)
 
 
+@pytest.mark.slow
 def test_what_to_measure_ranks_the_kinds_of_the_step(base: Scenario) -> None:
     advice = what_to_measure(base, "tpot_s", draws=3)
     kinds = kinds_of(base, op_times_of(base.hardware))
