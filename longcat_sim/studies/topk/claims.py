@@ -11,6 +11,7 @@ from typing import Any
 REPRODUCED = "reproduced at this scale"
 NOT_REPRODUCED = "not reproduced"
 UNDECIDED = "undecided at this scale"
+QUICK_VERDICT = "not judged: a quick run"
 COMPARABLE_KL_NATS = 0.05
 """assumed: a KL below this counts as comparable; the model's loss on this text is about 2 nats."""
 
