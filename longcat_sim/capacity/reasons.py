@@ -30,7 +30,7 @@ def binding(
         constraint = "slo.tpot"
         text = f"the service level: {reached * 1e3:.4g} of {limit_s * 1e3:.4g} ms per token with probability {chance}"
     elif not len(larger) and batch + 1 > room:
-        constraint, text = "memory", f"memory: at most {room:.0f} sequences per GPU fit"
+        constraint, text = "memory", f"memory: at most {int(room)} sequences per GPU fit"
     elif not len(larger):
         constraint, text = "search range", f"the search range: {batch:g} sequences per GPU is its end"
     else:

@@ -100,7 +100,7 @@ def screen_steps(
         most = room_of(shape.scenario, step.context_tokens)
         fitting = batches[batches <= most]
         rejected.add(
-            "memory", f"{shape.label}: at most {most:.0f} sequences per GPU of {step.context_tokens:g} tokens fit",
+            "memory", f"{shape.label}: at most {int(most)} sequences per GPU of {step.context_tokens:g} tokens fit",
             len(batches) - len(fitting),
         )  # fmt: skip
         parts_at_least = 2 if shape.scenario.deployment.overlap == "tbo" else 1
