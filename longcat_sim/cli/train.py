@@ -27,7 +27,7 @@ def run(
     from longcat_sim.model.training.config import TrainConfig
     from longcat_sim.studies.training.run import train
 
-    config = TrainConfig() if steps is None else TrainConfig(steps=steps)
+    config = None if steps is None else TrainConfig(steps=steps, mtp_from=0.5)
     done = train(preset, out, config=config, corpus=corpus or (), device=device, fresh=fresh)
     print(f"{done.steps} steps, {done.tokens} tokens, loss {done.loss:.3f}, held out {done.held_out_loss:.3f}")
     chosen = ", ".join(

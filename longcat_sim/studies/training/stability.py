@@ -14,7 +14,7 @@ from longcat_sim.studies.training.tasks import Task
 
 Z_LOSS = 1e-3
 """lambda of the comparison: large enough to act within a short run; ours."""
-SCALES = (1.0, 1e-4, 1e-8)
+SCALES = (1.0, 1e-8)
 """Factors on the loss, hence on every gradient: Adam without epsilon does not notice them."""
 EPSILONS = (1e-16, 1e-8)
 
