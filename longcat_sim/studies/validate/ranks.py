@@ -107,14 +107,24 @@ def _alone(run: Any, layers: int, ranks: int) -> dict[tuple[int, str], FloatArra
             seen.setdefault((span.layer, span.name), [[] for _ in range(ranks)])[span.rank].append(span.duration_s)
             last[span.rank, span.layer] = span.end_s
     for spans in run.spans["communication"]:
-        for span in spans:
-            if span.name in COMMUNICATION:
-                seen.setdefault((span.layer, span.name), [[] for _ in range(ranks)])[span.rank].append(span.duration_s)
+        for key, moved_s in _transfers(spans).items():
+            for values in seen.setdefault(key, [[] for _ in range(ranks)]):
+                values.append(moved_s)
     return {
         key: np.array([float(np.median(values)) for values in by_rank])
         for key, by_rank in seen.items()
         if key[0] < layers
     }
+
+
+def _transfers(spans: Sequence[Any]) -> dict[tuple[int, str], float]:
+    """Return how long each exchange of one repeat moved bytes: from the last rank's start to the last end."""
+    edges: dict[tuple[int, str], tuple[float, float]] = {}
+    for span in spans:
+        if span.name in COMMUNICATION:
+            start, end = edges.get((span.layer, span.name), (span.start_s, span.end_s))
+            edges[span.layer, span.name] = max(start, span.start_s), max(end, span.end_s)
+    return {key: end - start for key, (start, end) in edges.items()}
 
 
 def _overlapped(run: Any, segments: Mapping[tuple[int, str], FloatArray], layers: int) -> dict[str, float]:
@@ -128,8 +138,9 @@ def _overlapped(run: Any, segments: Mapping[tuple[int, str], FloatArray], layers
                 slow["plan"].append(span.duration_s - float(segments[span.layer, "prepare"][span.rank]))
             elif span.name in ("ffn0", "mla1_proj"):
                 slow["compute"].append(span.duration_s / float(segments[span.layer, span.name][span.rank]))
-            elif span.name in COMMUNICATION:
-                slow["exchange"].append(span.duration_s / float(segments[span.layer, span.name][span.rank]))
+        for key, moved_s in _transfers(spans).items():
+            if key[0] < layers:
+                slow["exchange"].append(moved_s / float(segments[key][0]))
     return {name: float(np.median(values)) if values else 1.0 for name, values in slow.items()}
 
 
