@@ -22,9 +22,10 @@ def held_out_ops(times: OpTimes) -> Section:
     for row in times.errors_:
         if row["split"] != "random":
             continue
+        law = " ".join(filter(None, (row["dtype"], row["variant"])))
         section.rows.append(
             Row(
-                f"{row['kind']} ({row['dtype']}), {row['count']:.0f} sizes: MAPE", "", row["mape"], error=row["mape"],
+                f"{row['kind']} ({law}), {row['count']:.0f} sizes: MAPE", "", row["mape"], error=row["mape"],
                 note=f"90 % interval covers {row['coverage']:.0%}" if row.get("coverage") is not None else "",
             )
         )  # fmt: skip

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from longcat_sim.calibration import OpTimes
 from longcat_sim.figures.prediction import prediction_figure
 from longcat_sim.figures.report import Report
 from longcat_sim.records.files import write_text
@@ -15,6 +16,8 @@ from longcat_sim.studies.validate.section import Row, Section
 if TYPE_CHECKING:
     from longcat_sim.studies.quickstart.run import Quickstart
 
+IN_MS = {"s": 1e3, "ms": 1.0, "us": 1e-3, "µs": 1e-3}
+"""Units of time in tables -> factor to ms."""
 COLUMNS = ("quantity", "unit", "predicted", "measured or published", "error", "limit", "")
 
 
@@ -56,9 +59,9 @@ def write_report(result: Quickstart, rows: Sequence[Measurement], path: Path) ->
     for section in result.sections:
         add_section(report, section)
         if section.name == "check-1-ops":
-            report.figure(_ops_figure(result, rows), height=480)
+            report.figure(ops_figure(result.op_times, rows), height=480)
         if section.name == "check-2-steps":
-            report.figure(_sections_figure(section, "Steps of the executable model"), height=480)
+            report.figure(sections_figure([section], "Steps of the executable model"), height=480)
         if section.name == "longcat-128-h800":
             report.figure(result.step.figure())
         if section.name == "price":
@@ -76,19 +79,27 @@ def write_report(result: Quickstart, rows: Sequence[Measurement], path: Path) ->
     write_text(path, report.html())
 
 
-def _ops_figure(result: Quickstart, rows: Sequence[Measurement]):  # type: ignore[no-untyped-def]
+def ops_figure(op_times: OpTimes, rows: Iterable[Measurement]) -> Any:
+    """Return fitted op times against measurements of ops alone."""
     points: dict[str, list[tuple[float, float, str]]] = {}
     for row in rows:
         if row.alongside is None and row.op.kind != "host":
-            predicted = result.op_times.seconds(row.op)
+            predicted = op_times.seconds(row.op)
             points.setdefault(row.op.kind, []).append((row.median_s * 1e6, predicted * 1e6, str(row.op)))
     return prediction_figure(points, title="Fitted op times against measurements", unit="µs")
 
 
-def _sections_figure(section: Section, title: str):  # type: ignore[no-untyped-def]
+def sections_figure(sections: Sequence[Section], title: str) -> Any:
+    """Return every time in the sections' tables beside what it is compared with, in ms.
+
+    A series per section; of one section alone, a series per first word of its quantities.
+    """
     points: dict[str, list[tuple[float, float, str]]] = {}
-    for row in section.rows:
-        if row.unit == "ms" and row.measured_or_published:
-            series = row.quantity.split()[0]
-            points.setdefault(series, []).append((row.measured_or_published, row.predicted, row.quantity))
+    for section in sections:
+        for row in section.rows:
+            factor = IN_MS.get(row.unit)
+            if factor and row.measured_or_published:
+                series = section.title.split(",")[0] if len(sections) > 1 else row.quantity.split()[0]
+                point = (row.measured_or_published * factor, row.predicted * factor, row.quantity)
+                points.setdefault(series, []).append(point)
     return prediction_figure(points, title=title, unit="ms")
