@@ -89,9 +89,8 @@ class Experts(nn.Module):
                 continue
             stop = start + count
             token = rows.token_N[start:stop]
-            inner = swiglu(_product(x_TH.index_select(0, token), self.gate_up[expert]))
-            inner = inner * weights[start:stop] if torch.is_grad_enabled() else inner.mul_(weights[start:stop])
-            out_TH.index_add_(0, token, _product(inner, self.down[expert]))
+            inner = expert_in(x_TH, token, self.gate_up[expert], weights[start:stop])
+            expert_out(inner, self.down[expert], token, out_TH)
             start = stop
         return out_TH
 
@@ -104,6 +103,17 @@ class Experts(nn.Module):
         computed = torch.arange(len(out_NH), device=out_NH.device) < ends_E[-1]
         out_NH = torch.where(computed[:, None], out_NH * rows.weight_N[:, None].to(out_NH.dtype), 0)
         return out_TH.index_add_(0, rows.token_N, out_NH)
+
+
+def expert_in(x_TH: Tensor, token_N: Tensor, gate_up: Tensor, weight_N1: Tensor) -> Tensor:
+    """Return one expert's gated inner values [N, inner]: gather, product, activation, gate."""
+    inner = swiglu(_product(x_TH.index_select(0, token_N), gate_up))
+    return inner * weight_N1 if torch.is_grad_enabled() else inner.mul_(weight_N1)
+
+
+def expert_out(inner: Tensor, down: Tensor, token_N: Tensor, out_TH: Tensor) -> None:
+    """Add one expert's output to its tokens: product and scatter."""
+    out_TH.index_add_(0, token_N, _product(inner, down))
 
 
 def _product(x_NK: Tensor, weight_MK: Tensor) -> Tensor:

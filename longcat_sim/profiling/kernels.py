@@ -105,22 +105,36 @@ def bmm(op: Op, spec: ModelSpec, place: Place) -> Timed:
 
 
 def grouped_gemm(op: Op, spec: ModelSpec, place: Place) -> Timed:
-    """Return one product per expert, rows spread as random routing does; the library's grouped one on CUDA."""
+    """Return one product per expert, rows spread as random routing does; the library's grouped one on CUDA.
+
+    On a CPU the model takes each expert's rows through all its steps in turn, so the gather, the activation and the
+    gate ride with the first product, and the scatter with the second (``suites.step_ops`` leaves them out).
+    """
     groups, m, n, k = (_size(op, name) for name in ("groups", "m", "n", "k"))
     groups = min(groups, m)
     counts = spread_rows(m, groups)
-    x = place.values(m, k)
     weights = place.copies(groups, n, k)
     if place.device.type == "cuda":
+        x = place.values(m, k)
         ends = torch.tensor(counts, device=place.device).cumsum(0).to(torch.int32)
         return Timed(lambda: F.grouped_mm(x, next(weights).transpose(1, 2), offs=ends))
-    parts = x.split(counts)
+    tokens = max(1, round(m / max(1.0, spec.expected_ffn_experts)))
+    at, gates = (torch.arange(m) % tokens).split(counts), place.values(m, 1).split(counts)
+    whole = place.values(tokens, spec.hidden_size)
+    if k == spec.hidden_size:
 
-    def run() -> None:
-        for part, weight in zip(parts, next(weights), strict=True):
-            moe._product(part, weight)
+        def run() -> None:
+            for token, gate, weight in zip(at, gates, next(weights), strict=True):
+                moe.expert_in(whole, token, weight, gate)
 
-    return Timed(run)
+        return Timed(run)
+    parts = place.values(m, k).split(counts)
+
+    def back() -> None:
+        for part, token, weight in zip(parts, at, next(weights), strict=True):
+            moe.expert_out(part, weight, token, whole)
+
+    return Timed(back)
 
 
 def spread_rows(rows: int, groups: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,8 @@ FULL = Grid(
     ),
 )
 """For a GPU: the campaign's."""
+RIDING = frozenset({"permute", "unpermute", "experts silu"})
+"""Steps of the experts that the CPU's expert-by-expert code does inside its products (see ``kernels.grouped_gemm``)."""
 LARGEST_CACHE_TOKENS = 1 << 20
 """Decode points whose caches together hold more tokens than this are left out of a campaign on one GPU."""
 
@@ -72,7 +75,8 @@ def step_ops(
     deployment = Deployment.model_validate({"num_gpus": 1, "precision": precision})
     found: list[Op] = []
     for block in step_graph(spec, deployment, size, load or load_of(spec, sequences * queries)):
-        ops = [shape.typical() for part in block.parts for segment in part.values() for shape in segment]
+        shapes = [shape for part in block.parts for segment in part.values() for shape in segment]
+        ops = [shape.typical() for shape in shapes if dtype != "fp32" or shape.name not in RIDING]
         found += [_in_dtype(item, dtype) for item in ops] * block.count
     return found
 
@@ -101,6 +105,14 @@ def suite_ops(suite: str, spec: ModelSpec, grid: Grid, dtype: str) -> list[Op]:
         found |= dict.fromkeys(op("host", dtype="fp32", calls=calls) for calls in (1, 2, 4, 8, 16))
     wanted = [item for item in found if item.kind in kinds and item.kind in BUILDERS]
     return sorted(wanted, key=lambda item: (kinds.index(item.kind), item.memory_bytes + item.flop))
+
+
+def reuse_bytes(spec: ModelSpec, dtype: str) -> dict[tuple[str, str], float]:
+    """Return, by kind and variant, the weights that a decode step streams between two ops of that sort."""
+    ops = step_ops(spec, "decode", 4, 1, 256, dtype)
+    streamed = sum(item.memory_bytes for item in ops if item.kind in ("gemm", "grouped_gemm"))
+    counts = Counter((item.kind, item.variant) for item in ops)
+    return {sort: streamed / count for sort, count in counts.items()}
 
 
 def _sparse_ops(spec: ModelSpec, dtype: str) -> list[Op]:

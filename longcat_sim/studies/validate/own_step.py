@@ -1,8 +1,7 @@
 """Section ``own-step``: decode and prefill steps of the executable model on this machine, predicted from its ops.
 
 No time of a step enters the fit. What a step adds to its ops is the host's work between kernels; on a CPU that work is
-inside the ops' own times. The 10th percentile of the steps is compared with op times fitted to 10th percentiles: a
-neighbour on the machine only ever adds time.
+inside the ops' own times, which are measured with caches as cold as a step leaves them (``profiling.timing``).
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def compare(times: OpTimesLike, spec: ModelSpec, steps: Sequence[StepMeasurement
         size = f"{step.sequences} x {step.context - 1 if step.phase == 'decode' else step.context} tokens"
         rows.append(
             Row(
-                f"{step.phase} {size}", "ms", predict_s(times, spec, step, dtype) * 1e3, step.p10_s * 1e3,
+                f"{step.phase} {size}", "ms", predict_s(times, spec, step, dtype) * 1e3, step.median_s * 1e3,
                 note=f"blocks differ by {step.spread:.0%}",
             )
         )  # fmt: skip
