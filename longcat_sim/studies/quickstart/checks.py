@@ -14,6 +14,11 @@ from longcat_sim.studies.validate.section import Row, Section
 
 DRAWS = 16
 """Draws behind the quickstart's intervals."""
+STEP_POINTS = (
+    ("decode", 1, 200), ("decode", 3, 100), ("decode", 4, 300), ("decode", 6, 200), ("decode", 12, 150),
+    ("prefill", 1, 48), ("prefill", 1, 200), ("prefill", 2, 160),
+)  # fmt: skip
+"""Steps of check 2: between the sizes that are measured."""
 
 
 def held_out_ops(times: OpTimes) -> Section:
@@ -36,18 +41,19 @@ def decode_steps(times: OpTimes, model: str, device: Any) -> Section:
     """Return decode and prefill steps of the executable model beside the sum of their op times."""
     from longcat_sim.studies.validate import own_step
 
-    section = own_step.run(times, model=model, device=device, budget_s=24.0)
+    section = own_step.run(times, model=model, device=device, points=STEP_POINTS, budget_s=14.0)
     section.name, section.title = "check-2-steps", f"Check 2: steps of {model} on this machine, from op times alone"
     return section
 
 
-def two_ranks() -> Section:
+def two_ranks(model: str) -> Section:
     """Return two gloo ranks under ``none`` and ``sbo`` beside their prediction, on gloo's link and on a paced one."""
     from longcat_sim.studies.validate import ranks
 
     section = ranks.run(
-        shapes=(ranks.Shape(3, 64), ranks.Shape(3, 64, 1.0), ranks.Shape(2, 112, 2.0)),
-        fit_shapes=(ranks.Shape(2, 96),), blocks=2, repeats=8, attempts=1,
+        model=model,
+        shapes=(ranks.Shape(1, 48), ranks.Shape(1, 48, 1.0), ranks.Shape(2, 40, 0.5)),
+        fit_shapes=(ranks.Shape(1, 64),), blocks=2, repeats=6, attempts=1,
     )  # fmt: skip
     section.name, section.title = "check-3-ranks", "Check 3: two real ranks, overlap off (none) and on (sbo)"
     return section

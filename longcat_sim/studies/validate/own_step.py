@@ -13,6 +13,7 @@ from typing import Any
 from longcat_sim.calibration import OpTimes
 from longcat_sim.ops.graph import LayerLoad
 from longcat_sim.ops.op import OpTimesLike
+from longcat_sim.profiling.steps import POINTS, Point
 from longcat_sim.profiling.suites import step_ops
 from longcat_sim.records.measurement import StepMeasurement
 from longcat_sim.specs.hardware import load_hardware
@@ -56,7 +57,8 @@ def summary_rows(rows: Sequence[Row], steps: Sequence[StepMeasurement]) -> list[
 
 
 def run(
-    times: OpTimes | None = None, *, model: str = MODEL, device: Any = None, budget_s: float = 30.0, **_: Any
+    times: OpTimes | None = None, *, model: str = MODEL, device: Any = None, points: Sequence[Point] = POINTS,
+    budget_s: float = 30.0, **_: Any,
 ) -> Section:  # fmt: skip
     """Measure steps of ``model`` here and return them beside their prediction; ``times`` default to cpu-local's fit."""
     import torch
@@ -73,7 +75,7 @@ def run(
     place = torch.device(device or "cpu")
     dtype, name = (torch.float32, "fp32") if place.type == "cpu" else (torch.bfloat16, "bf16")
     spec = model_spec(model)
-    steps = measure_steps(LongcatFlash(spec, device=place, dtype=dtype), model, budget_s=budget_s)
+    steps = measure_steps(LongcatFlash(spec, device=place, dtype=dtype), model, points, budget_s=budget_s)
     section.rows = compare(times, spec, steps, name)
     section.rows += summary_rows(section.rows, steps)
     return section
