@@ -18,7 +18,7 @@ VERBS: dict[str, str] = {
 }
 
 
-def build(verbs: list[str]):  # type: ignore[no-untyped-def]
+def build(verbs: list[str]):
     """Return the typer application with ``verbs`` loaded."""
     import typer
 

@@ -23,7 +23,8 @@ def test_the_suites_cover_every_op_of_a_step() -> None:
 
 @pytest.mark.parametrize("kind", sorted(BUILDERS))
 def test_every_kind_runs_at_its_smallest_size(kind: str) -> None:
-    item = next(i for suite in SUITES for i in suite_ops(suite, TINY, GRID, "fp32") if i.kind == kind)
+    dtype = "bf16" if kind == "permute" else "fp32"  # on a CPU in fp32 it rides with the experts' products
+    item = next(i for suite in SUITES for i in suite_ops(suite, TINY, GRID, dtype) if i.kind == kind)
     with torch.inference_mode():
         timed = BUILDERS[kind](item, TINY, Place(torch.device("cpu"), torch.float32))
         timed.run()
