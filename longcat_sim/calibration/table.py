@@ -16,13 +16,19 @@ from longcat_sim.ops.op import FloatArray
 
 LARGEST_STEP = 2.0
 """Knots are at most this factor apart, so that a straight line between two stays close to the law's curve."""
+KNOT_DIGITS = 6
+"""Fewer than a fit file keeps of a knot (8), so that no two knots become one there."""
 REACH = (1 / 16, 1 / 4, 4.0, 16.0)
 """Knots beyond the measured range, as factors of its ends: there the law rules."""
 
 
 def thin(values: Sequence[FloatArray], max_cells: int) -> list[FloatArray]:
-    """Return the axes with knots dropped, closest (in log) first, until the grid has at most ``max_cells`` cells."""
-    axes = [np.unique(axis) for axis in values]
+    """Return the axes with knots dropped, closest (in log) first, until the grid has at most ``max_cells`` cells.
+
+    Knots keep ``KNOT_DIGITS`` digits: sizes that differ by less, such as expected numbers of active experts close to
+    all of them, are one knot.
+    """
+    axes = [np.unique([float(f"{size:.{KNOT_DIGITS}g}") for size in np.unique(axis)]) for axis in values]
     while np.prod([len(axis) for axis in axes]) > max_cells:
         gaps = []
         for index, axis in enumerate(axes):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import longcat_sim as ls
+from longcat_sim.calibration import write_fit
 from longcat_sim.capacity.op_times import op_times_of
 from longcat_sim.errors import CapacityError, UserError
 from longcat_sim.figures.routing import ffn_experts_figure
@@ -151,3 +152,20 @@ def test_saved_run_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monkey
     assert out_folder() == Path("..") / "out"
     monkeypatch.setenv("LONGCAT_SIM_OUT", str(tmp_path))
     assert out_folder() == tmp_path
+
+
+def test_fit_of_sizes_that_nearly_agree_reads_back(tmp_path: Path) -> None:
+    # expected active experts approach all of them: 63.9999999 and 64 must not become two equal knots in a file
+    hardware = ls.load_hardware("h100-sxm")
+    rows = []
+    for active in (4.0, 16.0, 40.0, 63.9999999, 63.99999999, 64.0):
+        item = op("grouped_gemm", dtype="bf16", groups=active, m=4 * active, n=512, k=256)
+        seconds = 1e-6 * active
+        rows.append(Measurement(op=item, median_s=seconds, p10_s=seconds, p90_s=seconds, count=3))
+    times = ls.OpTimes.fit(rows, hardware, draws=2)
+    target = tmp_path / "again.yaml"
+    target.write_text((Path(__file__).parents[2] / "hardware_profiles" / "h100-sxm.yaml").read_text(encoding="utf-8"))
+    write_fit(target, times.to_fit())
+    again = ls.OpTimes.from_hardware(ls.load_hardware(target))
+    for row in rows:
+        assert again.seconds(row.op) == pytest.approx(times.seconds(row.op), rel=0.05)
