@@ -49,10 +49,10 @@ class ServingPanel(Panel):
         from plotly.subplots import make_subplots
 
         figure = make_subplots(rows=1, cols=2, subplot_titles=("time to first token", "time per output token"))
-        for column, (mean, tail, scale) in enumerate((("ttft_s", "ttft_p99_s", 1.0), ("tpot_s", "tpot_p99_s", 1e3)), 1):
+        for column, (mean, tail) in enumerate((("ttft_s", "ttft_p99_s"), ("tpot_s", "tpot_p99_s")), 1):
             for name, dash in ((mean, "solid"), (tail, "dot")):
                 figure.add_scatter(
-                    x=[], y=self.simulated[name] * scale, mode="lines+markers", row=1, col=column,
+                    x=[], y=[], mode="lines+markers", row=1, col=column,
                     name=dict(SERIES)[name].split(",")[0], line={"dash": dash, "color": "#2a6f97"},
                 )  # fmt: skip
         for column in (1, 2):
@@ -74,8 +74,10 @@ class ServingPanel(Panel):
         count = max(1, round(self.values["replicas"]))
         rate = self.values["requests_per_s"]
         each = rate / count
-        for trace in self.figure.data[:4]:
-            trace.x = self.rates * count
+        # x and y together: a browser drops the y of a trace that it was first given with an empty x
+        for trace, (name, _) in zip(self.figure.data[:4], SERIES, strict=True):
+            scale = 1e3 if name.startswith("tpot") else 1.0
+            trace.x, trace.y = self.rates * count, self.simulated[name] * scale
         at = {name: float(np.interp(each, self.rates, values)) for name, values in self.simulated.items()}
         beyond = each > self.rates[-1]
         marks = ((self.figure.data[4], at["ttft_s"]), (self.figure.data[5], at["tpot_s"] * 1e3))

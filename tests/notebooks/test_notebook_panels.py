@@ -169,3 +169,9 @@ def test_fit_of_sizes_that_nearly_agree_reads_back(tmp_path: Path) -> None:
     again = ls.OpTimes.from_hardware(ls.load_hardware(target))
     for row in rows:
         assert again.seconds(row.op) == pytest.approx(times.seconds(row.op), rel=0.05)
+
+
+def test_section_shows_itself_as_html() -> None:
+    page = TABLES[0]._repr_html_()
+    assert "1 [0.9, 1.1]" in page
+    assert page.count("<tr>") == 3

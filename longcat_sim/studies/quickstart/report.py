@@ -102,4 +102,5 @@ def sections_figure(sections: Sequence[Section], title: str) -> Any:
                 series = section.title.split(",")[0] if len(sections) > 1 else row.quantity.split()[0]
                 point = (row.measured_or_published * factor, row.predicted * factor, row.quantity)
                 points.setdefault(series, []).append(point)
-    return prediction_figure(points, title=title, unit="ms")
+    figure = prediction_figure(points, title=title, unit="ms")
+    return figure.update_layout(legend={"orientation": "h", "y": -0.2})

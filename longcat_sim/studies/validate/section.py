@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -71,6 +72,29 @@ class Section:
             verdict = {True: "ok", False: "MISSED", None: ""}[row.passed]
             lines.append(_line(row.quantity, row.unit, shown, against, error, limit, f"{verdict} {row.note}".strip()))
         return "\n".join([*lines, *(f"* {note}" for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        """Return the table for a notebook."""
+        cells = []
+        for row in self.rows:
+            shown = f"{row.predicted:.4g}"
+            if row.low is not None and row.high is not None:
+                shown += f" [{row.low:.4g}, {row.high:.4g}]"
+            against = "" if row.measured_or_published is None else f"{row.measured_or_published:.4g}"
+            numbers = (shown, against, "" if row.error is None else f"{row.error:+.1%}",
+                       "" if row.limit is None else f"{row.limit:.1%}")  # fmt: skip
+            verdict = {True: "ok", False: "<b>missed</b>", None: ""}[row.passed]
+            cells.append(
+                f"<tr><td style='text-align:left'>{html.escape(row.quantity)}</td><td>{html.escape(row.unit)}</td>"
+                + "".join(f"<td style='text-align:right'>{number}</td>" for number in numbers)
+                + f"<td style='text-align:left'>{verdict} {html.escape(row.note)}</td></tr>"
+            )
+        heads = ("quantity", "unit", "predicted", "compared with", "error", "limit", "")
+        head = "".join(f"<th>{name}</th>" for name in heads)
+        notes = "".join(f"<p><small>{html.escape(note)}</small></p>" for note in self.notes)
+        skipped = f"<p>Skipped: {html.escape(self.skipped)}</p>" if self.skipped else ""
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(cells)}</tbody></table>" if cells else ""
+        return f"<h4>{html.escape(self.title)}</h4>{skipped}{table}{notes}"
 
 
 def _line(quantity: str, unit: str, predicted: str, against: str, error: str, limit: str, note: str) -> str:
