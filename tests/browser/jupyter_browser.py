@@ -167,13 +167,24 @@ class Notebook:
         return str(self.page.evaluate(SHOWN))
 
     def press(self, slider: int, key: str = "ArrowRight") -> float:
-        """Press a key on a slider of the panel; return milliseconds until the changed picture is on the screen."""
-        self.page.evaluate(WATCH)
+        """Press a key on a slider of the panel; return milliseconds until the changed picture is on the screen.
+
+        A page that is still busy can take the focus away: a press that changes nothing is made again, twice at most.
+        """
+        from playwright.sync_api import TimeoutError as TooLate
+
         handle = self.page.locator(".jupyter-widgets .noUi-handle").nth(slider)
-        handle.scroll_into_view_if_needed()
-        handle.focus()
-        self.page.keyboard.press(key)
-        self.page.wait_for_function("() => window.__moves.took !== null && window.__moves.took !== -1", timeout=20_000)
+        for left in (2, 1, 0):
+            self.page.evaluate(WATCH)
+            handle.scroll_into_view_if_needed()
+            handle.focus()
+            self.page.keyboard.press(key)
+            try:
+                self.page.wait_for_function("() => window.__moves.took > 0", timeout=20_000)
+                break
+            except TooLate:
+                if not left:
+                    raise
         took = float(self.page.evaluate("() => window.__moves.took"))
         self.page.wait_for_timeout(150)
         return took
