@@ -1,7 +1,7 @@
 """The ``fit:`` section of a hardware profile: written by ``calibrate`` only, read by ``OpTimes.from_hardware``.
 
-Weights and errors are plain figures. Grids are packed text (zlib, base64): one byte per cell, hundredths of
-log(time / law), a bit per cell for "measured"; draws are float32.
+Weights and errors are plain figures. Grids are packed text (zlib, base64): one byte per cell (two where ``wide``),
+hundredths of log(time / law), a bit per cell for "measured"; draws are float32.
 """
 
 from __future__ import annotations
@@ -42,6 +42,14 @@ def _round(value: float, digits: int = 4) -> float:
     return float(f"{value:.{digits}g}")
 
 
+def _packed_correction(correction: FloatArray) -> dict[str, Any]:
+    """Return the packed cells; ``wide`` says two bytes a cell, for laws that are off by more than a byte holds."""
+    steps = np.round(correction / STEP)
+    if np.any(np.abs(steps) > 127):
+        return {"wide": True, "correction": _pack(np.clip(steps, -32767, 32767).astype(np.int16).tobytes())}
+    return {"correction": _pack(steps.astype(np.int8).tobytes())}
+
+
 def write_section(times: OpTimes) -> dict[str, Any]:
     """Return the section as plain YAML data."""
     laws = []
@@ -64,7 +72,7 @@ def write_section(times: OpTimes) -> dict[str, Any]:
                 name: [_round(size, 8) for size in axis]
                 for name, axis in zip(LAWS[law.kind].coordinates, law.axes_, strict=True)
             },
-            "correction": _pack(np.clip(np.round(law.correction_ / STEP), -127, 127).astype(np.int8).tobytes()),
+            **_packed_correction(law.correction_),
             "measured": _pack(np.packbits(law.measured_).tobytes()),
             "correlation": _round(law.correlation_, 3),
             "residuals": {name: [_round(x, 3) for x in quantiles] for name, quantiles in law.residuals_.items()},
@@ -83,7 +91,8 @@ def _law(document: Mapping[str, Any]) -> FittedLaw:
     names = LAWS[document["kind"]].coordinates
     axes: list[FloatArray] = [np.array(document["sizes"][name], dtype=float) for name in names]
     shape = tuple(len(axis) for axis in axes)
-    correction = np.frombuffer(_unpack(document["correction"]), dtype=np.int8).astype(float) * STEP
+    cell = np.int16 if document.get("wide") else np.int8
+    correction = np.frombuffer(_unpack(document["correction"]), dtype=cell).astype(float) * STEP
     measured = np.unpackbits(np.frombuffer(_unpack(document["measured"]), dtype=np.uint8), count=int(np.prod(shape)))
     weights = np.array(document["weights"], dtype=float)
     draws = np.zeros((0, len(weights)))
@@ -134,7 +143,12 @@ def read_fit(hardware: HardwareSpec) -> tuple[dict[Any, FittedLaw], Any, dict[st
     if section.get("collectives"):
         from longcat_sim.calibration.collectives import CollectiveTimes
 
-        collectives = CollectiveTimes.from_fit(section["collectives"], hardware)
+        try:
+            collectives = CollectiveTimes.from_fit(section["collectives"], hardware)
+        except (KeyError, ValueError, TypeError, IndexError) as error:
+            raise MeasurementError(
+                f"{where}: collectives: expected what `calibrate` writes; got {error!r}; restore the section"
+            ) from None
     provenance = {key: value for key, value in section.items() if key not in ("schema", "laws", "collectives")}
     draws = max((len(law.draws_) for law in laws), default=64)
     return {law.key: law for law in laws}, collectives, provenance, draws

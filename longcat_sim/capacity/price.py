@@ -52,6 +52,8 @@ class Work:
     input_tokens: float
     cached_tokens: float
     output_tokens: float
+    usd_per_gpu_hour: float | None = None
+    """Of this pool's device; the bill's where not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,20 +171,21 @@ def bill(pools: list[Work], usd_per_gpu_hour: float) -> Bill:
     """
     if not usd_per_gpu_hour > 0:
         raise CapacityError(f"usd_per_gpu_hour: expected more than 0, such as 2.0; got {usd_per_gpu_hour!r}; mend it")
-    rate = usd_per_gpu_hour / SECONDS_PER_HOUR
-    paid = sum(pool.paid_gpu_s for pool in pools)
-    computed = sum(pool.input_gpu_s for pool in pools)
-    cached = sum(pool.cached_gpu_s for pool in pools)
-    output = sum(pool.output_gpu_s for pool in pools)
+    rates = [(pool.usd_per_gpu_hour or usd_per_gpu_hour) / SECONDS_PER_HOUR for pool in pools]
+    seconds = sum(pool.paid_gpu_s for pool in pools)
+    paid = sum(pool.paid_gpu_s * rate for pool, rate in zip(pools, rates, strict=True))
+    computed = sum(pool.input_gpu_s * rate for pool, rate in zip(pools, rates, strict=True))
+    cached = sum(pool.cached_gpu_s * rate for pool, rate in zip(pools, rates, strict=True))
+    output = sum(pool.output_gpu_s * rate for pool, rate in zip(pools, rates, strict=True))
     idle = paid - computed - cached - output
-    assert idle >= -1e-9 * max(paid, 1.0), f"busy {computed + cached + output} GPU-s of {paid} paid"
+    assert idle >= -1e-9 * max(paid, 1.0), f"busy {computed + cached + output} USD of {paid} paid"
     return Bill(
-        gpu_hours=paid / SECONDS_PER_HOUR,
-        usd_per_gpu_hour=usd_per_gpu_hour,
-        input_usd=computed * rate,
-        cached_input_usd=cached * rate,
-        output_usd=output * rate,
-        idle_usd=idle * rate,
+        gpu_hours=seconds / SECONDS_PER_HOUR,
+        usd_per_gpu_hour=paid / seconds * SECONDS_PER_HOUR if seconds else usd_per_gpu_hour,
+        input_usd=computed,
+        cached_input_usd=cached,
+        output_usd=output,
+        idle_usd=idle,
         input_tokens=sum(pool.input_tokens for pool in pools),
         cached_tokens=sum(pool.cached_tokens for pool in pools),
         output_tokens=sum(pool.output_tokens for pool in pools),

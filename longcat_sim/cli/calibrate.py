@@ -9,15 +9,19 @@ import typer
 
 
 def run(
-    measurements: Annotated[Path, typer.Argument(help="A file that `profile` wrote.")],
+    measurements: Annotated[Path, typer.Argument(help="A file that `profile` wrote, or published records (.yaml).")],
     name: Annotated[str, typer.Option(help="Name of the hardware profile.")],
     out: Annotated[Path | None, typer.Option(help="The profile; hardware_profiles/NAME.yaml where not given.")] = None,
+    tables: Annotated[Path | None, typer.Option(help="With records: aiconfigurator-core's table folder.")] = None,
 ) -> None:
     """Fit operator times to measurements and write them into a hardware profile."""
     from longcat_sim.cli.output import say
-    from longcat_sim.studies.measure import calibrate, error_table
+    from longcat_sim.studies.measure import calibrate, calibrate_published, error_table
 
-    times = calibrate(measurements, name, out)
+    if measurements.suffix in (".yaml", ".yml"):
+        times = calibrate_published(measurements, name, tables)
+    else:
+        times = calibrate(measurements, name, out)
     print(f"{'kind':18} {'dtype':6} {'split':20} {'MAPE':>7} {'90 % covers':>12} {'points':>7}")
     for kind, dtype, variant, split, mape, coverage, count in error_table(times):
         covers = "" if coverage is None else f"{coverage:.0%}"

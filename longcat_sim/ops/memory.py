@@ -118,12 +118,13 @@ def check_memory(found: Memory, *, kv_bytes_per_sequence: float, where: str, seq
     if found.fits:
         return
     shown = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found.parts.items() if size >= 5e7)
-    room = found.free_for_kv_bytes
-    fitting = int(room // kv_bytes_per_sequence) if kv_bytes_per_sequence > 0 else 0
+    growing = sum(found.parts.get(name, 0.0) for name in ("kv_cache", "activations", "exchange_buffers"))
+    room = found.capacity_bytes - (found.total_bytes - growing)
+    fitting = int(room / max(growing, kv_bytes_per_sequence, 1.0) * sequences)
     if fitting >= 1:
         remedy = f"at most {fitting} sequences per GPU of this length fit; lower sequences_per_gpu or context_tokens"
     else:
-        remedy = "the weights alone do not leave room; use more GPUs, a larger ep_size or dense_tp_size, or fp8 weights"
+        remedy = "weights and workspace leave no room; use more GPUs, a larger ep_size or dense_tp_size, or fewer bits"
     raise MemoryFitError(
         f"{where}: expected at most {found.capacity_bytes / 1e9:.1f} GB per GPU; got {found.total_bytes / 1e9:.1f} GB, "
         f"{(found.total_bytes - found.capacity_bytes) / 1e9:.1f} GB too much ({sequences:g} sequences; {shown} GB); "

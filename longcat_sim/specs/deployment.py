@@ -86,6 +86,8 @@ class Routing(Part):
                 "routing: expected file exactly when source is recorded, such as {source: recorded, file: r.json}; "
                 f"got source {self.source!r}, file {self.file!r}"
             )
+        if "exponent" in self.model_fields_set and self.source != "power_law":
+            raise ValueError(f"exponent: expected source power_law; got {self.source!r}, under which it has no effect")
         if self.redundant_experts and self.placement != "eplb":
             raise ValueError(
                 f"redundant_experts: expected placement eplb; got {self.placement!r}, under which it has no effect"

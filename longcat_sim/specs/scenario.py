@@ -260,6 +260,11 @@ def check_deployment(
         )
     if not experts and deployment.ep_size > 1:
         faults.append(f"{where}: ep_size: expected 1 for {model.name}, which has no experts; got {deployment.ep_size}")
+    if deployment.pp_size > 1:
+        faults.append(
+            f"{where}: pp_size: expected 1; got {deployment.pp_size}; pipeline sends and bubbles are not simulated: "
+            "use tp_size, dense_tp_size or ep_size"
+        )
     if model.num_attention_heads % deployment.tp_size:
         faults.append(
             f"{where}: tp_size must divide num_attention_heads: {model.num_attention_heads} % {deployment.tp_size} = "

@@ -26,7 +26,7 @@ from longcat_sim.simulation.serving.cluster import Engine
 from longcat_sim.simulation.serving.simulate import simulate_serving
 from longcat_sim.specs.base import ParsedFloat
 from longcat_sim.specs.scenario import Scenario
-from longcat_sim.studies.engines import StepFunction, engine, kv_link, pool_scenario
+from longcat_sim.studies.engines import StepFunction, engine, kv_link, pools_of
 
 MOST_REQUESTS = 4000
 """Requests that one candidate serves: enough for a 99th percentile, few enough for fifty candidates."""
@@ -34,28 +34,19 @@ FRONT = {"usd_per_million_output_tokens": 1, "tpot_s": 1, "ttft_s": 1}
 _engines: dict[Any, Engine] = {}
 
 
-def pools_of(scenario: Scenario) -> dict[str, Scenario]:
-    """Return the scenario of each pool."""
-    serve = scenario.serve
-    assert serve is not None
-    if serve.prefill is None or serve.decode is None:
-        return {"shared": scenario}
-    return {"prefill": pool_scenario(scenario, serve.prefill), "decode": pool_scenario(scenario, serve.decode)}
-
-
-def engine_of(scenario: Scenario, draw: int = 0) -> Engine:
+def engine_of(scenario: Scenario, draw: int = 0, role: str = "shared") -> Engine:
     """Return a replica's engine; the same object for the same deployment, scheduler and draw of the calibration."""
     assert scenario.serve is not None
     times = op_times_of(scenario.hardware)
     key = (
         scenario.model.model_dump_json(), id(times), draw, scenario.deployment.model_dump_json(),
         scenario.routing.model_dump_json(), scenario.speculative, scenario.serve.scheduler.model_dump_json(),
-        scenario.serve.is_disaggregated,
+        role,
     )  # fmt: skip
     if key not in _engines:
         if len(_engines) >= 256:
             _engines.clear()
-        _engines[key] = engine(scenario, times.draw(draw) if draw else times, scenario.serve)
+        _engines[key] = engine(scenario, times.draw(draw) if draw else times, scenario.serve, role)
     return _engines[key]
 
 
@@ -75,8 +66,8 @@ def simulate_fleet(scenario: Scenario, *, draw: int = 0, most_requests: int = MO
         changes["serve.workload.warm_up"] = ParsedFloat(max(min(serve.workload.warm_up, quarter_s), quarter_s / 2))
     short = scenario.what_if(changes)
     assert short.serve is not None
-    pools = pools_of(short)
-    engines = {name: engine_of(part, draw) for name, part in pools.items()}
+    pools = pools_of(short, short.serve)
+    engines = {name: engine_of(part, draw, name) for name, part in pools.items()}
     run = simulate_serving(
         short.serve, engines if short.serve.is_disaggregated else engines["shared"],
         kv_link=kv_link(short, short.serve),
@@ -238,7 +229,8 @@ def serving_capacity(
 
 
 def _fleet(scenario: Scenario, spare: int) -> dict[str, Any]:
-    pools = pools_of(scenario)
+    assert scenario.serve is not None
+    pools = pools_of(scenario, scenario.serve)
     gpus = sum(_size(scenario, name) * part.deployment.num_gpus for name, part in pools.items())
     traffic = Traffic.of(scenario)
     return {

@@ -67,19 +67,22 @@ def step_grid(scenario: Scenario, op_times: OpTimesLike, serve: Serve) -> StepTi
     )
 
 
-def kv_blocks(scenario: Scenario, serve: Serve) -> int:
+def kv_blocks(scenario: Scenario, serve: Serve, role: str = "shared") -> int:
     """Return the KV blocks of one replica: what weights, activations and buffers leave free.
+
+    A replica that prefills holds the activations and exchange buffers of a whole token budget; one that only decodes
+    those of its sequences.
 
     Raises:
         MemoryFitError: not one block fits.
     """
     deployment, scheduler = scenario.deployment, serve.scheduler
-    rows = scheduler.max_num_batched_tokens / deployment.num_gpus
-    decode = serve.is_disaggregated is False or scenario.step is None or scenario.step.phase == "decode"
+    decoding = scheduler.max_num_seqs * (1 + scenario.speculative.draft_tokens)
+    rows = decoding if role == "decode" else scheduler.max_num_batched_tokens
     found = memory(
         scenario.model, deployment, scenario.hardware, sequences_per_gpu=0.0, tokens_per_sequence=0.0,
-        rows_per_gpu=min(rows, scheduler.max_num_seqs / deployment.num_gpus) if decode and rows > 512 else rows,
-        decode=decode, speculative=scenario.speculative.draft_tokens > 0, routing=scenario.routing,
+        rows_per_gpu=rows / deployment.num_gpus, decode=role == "decode",
+        speculative=scenario.speculative.draft_tokens > 0, routing=scenario.routing,
     )  # fmt: skip
     holders = deployment.num_gpus / deployment.tp_size  # ranks of a tensor-parallel group hold the same tokens
     tokens = found.free_for_kv_bytes / kv_bytes_per_token(scenario.model, deployment) * holders
@@ -94,7 +97,7 @@ def kv_blocks(scenario: Scenario, serve: Serve) -> int:
     return blocks
 
 
-def engine(scenario: Scenario, op_times: OpTimesLike, serve: Serve) -> Engine:
+def engine(scenario: Scenario, op_times: OpTimesLike, serve: Serve, role: str = "shared") -> Engine:
     """Return one replica of the scenario's deployment."""
     deployment = scenario.deployment
     found = memory(
@@ -105,7 +108,7 @@ def engine(scenario: Scenario, op_times: OpTimesLike, serve: Serve) -> Engine:
     link = scenario.hardware.host_link
     return Engine(
         step_times=step_grid(scenario, op_times, serve),
-        kv_blocks=kv_blocks(scenario, serve),
+        kv_blocks=kv_blocks(scenario, serve, role),
         num_gpus=deployment.num_gpus,
         weight_load_s=weights / (link.bandwidth if link else WEIGHT_LOAD_BYTES_PER_S),
         kv_bytes_per_token=kv_bytes_per_token(scenario.model, deployment)
@@ -126,6 +129,13 @@ def pool_scenario(scenario: Scenario, pool: Pool) -> Scenario:
     for key, value in (pool.deployment or {}).items():
         changes[f"deployment.{key}"] = value
     return scenario.what_if(changes) if changes else scenario
+
+
+def pools_of(scenario: Scenario, serve: Serve) -> dict[str, Scenario]:
+    """Return the scenario of each pool by its role: ``shared``, or ``prefill`` and ``decode``."""
+    if serve.prefill is None or serve.decode is None:
+        return {"shared": scenario}
+    return {"prefill": pool_scenario(scenario, serve.prefill), "decode": pool_scenario(scenario, serve.decode)}
 
 
 def kv_link(scenario: Scenario, serve: Serve) -> KvLink | None:

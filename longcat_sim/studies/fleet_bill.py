@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -13,19 +12,19 @@ from longcat_sim.studies.engines import StepFunction
 
 
 def fleet_bill(
-    run: ServingResult, figures: Mapping[str, Any], steps: Mapping[str, StepFunction], usd_per_gpu_hour: float
+    run: ServingResult, steps: Mapping[str, StepFunction], usd_per_gpu_hour: float
 ) -> Bill:  # fmt: skip
-    """Return the bill of a run. ``steps`` has the step function of each pool.
+    """Return the bill of a run. ``steps`` has the step function of each pool; each pool pays its own device's price.
 
     The rule for replicas that mix prefill and decode: busy GPU-seconds are split in the ratio of what the run's prompt
     tokens and its output tokens would cost in steps of their own, at the run's mean sizes. Of the prompts' part, cached
     tokens carry what attending to them adds to a prefill.
     """
-    pools = [_work(pool, run, figures, steps[name]) for name, pool in run.pools.items()]
+    pools = [_work(pool, run, steps[name]) for name, pool in run.pools.items()]
     return bill(pools, usd_per_gpu_hour)
 
 
-def _work(pool: PoolUse, run: ServingResult, figures: Mapping[str, Any], step: StepFunction) -> Work:
+def _work(pool: PoolUse, run: ServingResult, step: StepFunction) -> Work:
     columns = run.records
     done = columns.numpy("status") == 1
     inputs, outputs = columns.numpy("input")[done].astype(float), columns.numpy("output")[done].astype(float)
@@ -60,4 +59,5 @@ def _work(pool: PoolUse, run: ServingResult, figures: Mapping[str, Any], step: S
         input_tokens=float((inputs - cached).sum()) if does_prefill else 0.0,
         cached_tokens=float(cached.sum()) if does_prefill else 0.0,
         output_tokens=float(outputs.sum()) if does_decode else 0.0,
+        usd_per_gpu_hour=step.scenario.usd_per_gpu_hour,
     )

@@ -31,6 +31,27 @@ def calibrate(measurements: Path, name: str, out: Path | None = None, *, draws: 
     return times
 
 
+def calibrate_published(records: Path, name: str, tables: Path | None = None) -> OpTimes:
+    """Fit a profile to published tables (a YAML file of records, and aiconfigurator-core's tables where they are).
+
+    The profile's collectives are kept. Returns the fitted times.
+
+    Raises:
+        SpecError: no profile of that name.
+        MeasurementError: no table of the device, or too few points.
+    """
+    from longcat_sim.calibration.published import fit_published
+
+    hardware = load_hardware(name)
+    times = fit_published(hardware, kernels=records, tables=tables)
+    fit = times.to_fit()
+    if hardware.fit and "collectives" in hardware.fit:
+        fit["collectives"] = hardware.fit["collectives"]
+    target = next(folder / f"{name}.yaml" for folder in profile_folders() if (folder / f"{name}.yaml").exists())
+    write_fit(target, fit)
+    return times
+
+
 def _sheet(name: str, target: Path, environment: Environment) -> HardwareSpec:
     """Make sure that ``target`` has a data sheet; return it."""
     if not target.exists():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,20 @@ from longcat_sim.calibration import OpTimes
 from longcat_sim.capacity.interval import Interval
 from longcat_sim.capacity.price import usd_per_million_tokens
 from longcat_sim.errors import SpecError
-from longcat_sim.ops.op import OpTimesLike
+from longcat_sim.ops.op import Op, OpTimesLike, Tag
 from longcat_sim.simulation import metrics
 from longcat_sim.simulation.serving.simulate import ServingResult, simulate_serving
-from longcat_sim.simulation.step import StepDraws, simulate_draws, simulate_step, step_size
+from longcat_sim.simulation.step import (
+    StepDraws,
+    StepResult,
+    discrepancy_factors,
+    simulate_draws,
+    simulate_step,
+    step_size,
+)
 from longcat_sim.specs.scenario import Scenario
 from longcat_sim.specs.serve import Serve
-from longcat_sim.studies.engines import StepFunction, engine, kv_link, pool_scenario
+from longcat_sim.studies.engines import StepFunction, engine, kv_link, pools_of
 from longcat_sim.studies.fleet_bill import fleet_bill
 from longcat_sim.studies.result import ServeOutcome, StepOutcome
 
@@ -52,8 +61,8 @@ def simulate_one_step(scenario: Scenario, op_times: OpTimesLike) -> StepOutcome:
         draws = simulate_draws(scenario, op_times, scenario.draws, seed=scenario.seed)
     figures = {key: Interval.of(values) for key, values in step_figures(scenario, draws).items()}
     figures["memory_bytes_per_gpu"] = Interval.of([step.memory.total_bytes])
-    notes = [*step.notes, *_op_notes(op_times, scenario)]
-    extrapolated = any(tag in ("extrapolated", "datasheet") and share > 0.05 for tag, share in step.tags.items())
+    notes = [*step.notes, *_op_notes(op_times, scenario, step)]
+    extrapolated = is_extrapolated(step.tags)
     if extrapolated:
         leaning = ", ".join(f"{tag} {share:.0%}" for tag, share in step.tags.items())
         notes.append(f"op time by source: {leaning}")
@@ -85,8 +94,28 @@ def step_figures(scenario: Scenario, draws: StepDraws) -> dict[str, Any]:
     return figures
 
 
-def _op_notes(op_times: OpTimesLike, scenario: Scenario) -> list[str]:
-    notes = list(op_times.notes()) if hasattr(op_times, "notes") else []
+LEANING = 0.05
+"""Share of a step's op time that is extrapolated or from a data sheet above which the answer is flagged. Assumed."""
+
+
+def is_extrapolated(tags: Mapping[Tag, float]) -> bool:
+    """Whether a step leans on times that nobody measured."""
+    return sum(share for tag, share in tags.items() if tag in ("extrapolated", "datasheet")) > LEANING
+
+
+def _op_notes(op_times: OpTimesLike, scenario: Scenario, step: StepResult) -> list[str]:
+    """Return what a reader must know of the op times, the device and the settings."""
+    notes = []
+    if hasattr(op_times, "notes"):
+        items = step.timeline.program.items
+        sorts = {(i.kind, i.dtype, i.variant) for i in items if not i.is_collective and i.kind != "host"}
+        notes += op_times.notes([Op(kind, (), dtype, variant) for kind, dtype, variant in sorts])
+    precision = scenario.deployment.precision
+    if precision.attention != precision.kv_cache:
+        notes.append(
+            f"precision.kv_cache {precision.kv_cache} changes memory only: the attention core is priced as one kernel "
+            f"in {precision.attention}, cache reads included"
+        )
     assumed = scenario.hardware.assumed
     if assumed:
         notes.append(f"hardware {scenario.hardware.name}: assumed, without a source: {', '.join(assumed)}")
@@ -97,9 +126,13 @@ def simulate_traffic(scenario: Scenario, *, step_by_step: bool = False, keep_spa
     """Return the scenario's traffic served once, and once more per draw of calibration and traffic for intervals."""
     serve = scenario.serve
     assert serve is not None
-    op_times = OpTimes.from_hardware(scenario.hardware)
     window = TRACE_WINDOW_S if keep_spans else None
     run, figures = _serve_once(scenario, serve, None, scenario.seed, step_by_step, window)
+    notes: list[str] = []
+    for part in (pools_of(scenario, serve)).values():
+        typical = _typical_step(part, run)
+        figures["extrapolated"] = bool(figures["extrapolated"] or is_extrapolated(typical.tags))
+        notes += _op_notes(OpTimes.from_hardware(part.hardware), part, typical)
     intervals = None
     if scenario.draws > 1:
         drawn = [
@@ -108,10 +141,33 @@ def simulate_traffic(scenario: Scenario, *, step_by_step: bool = False, keep_spa
         ]
         intervals = metrics.intervals(drawn, run.interpolation_error)
         figures["wall_s"] += sum(each["wall_s"] for each in drawn)
-    notes = _op_notes(op_times, scenario)
+    notes = list(dict.fromkeys(notes))
+    deployment = scenario.deployment
+    if deployment.num_gpus > deployment.tp_size:
+        notes.append(
+            "a prompt's prefill is spread over all GPUs of its replica; with data-parallel attention one long prompt "
+            "on an idle replica takes longer than that"
+        )
+    if scenario.price.utilisation != 1.0:
+        notes.append("price.utilisation has no effect on traffic: idle time is simulated and stands in the bill")
+    if figures["rejected"]:
+        notes.append(
+            f"{figures['rejected']} of {figures['requests']} requests were rejected: longer than the model's context "
+            "or the KV cache of a replica, or the queue was full (max_queue)"
+        )
     if run.skipped_rows:
         notes.append(f"{run.skipped_rows} faulty rows of the trace were skipped: {'; '.join(run.skipped[:3])}")
     return ServeOutcome(scenario, run, figures, intervals, notes)
+
+
+def _typical_step(part: Scenario, run: ServingResult) -> StepResult:
+    """Return one decode step of a pool at the run's mean context: what its figures lean on."""
+    columns = run.records
+    done = columns.numpy("status") == 1
+    context = float((columns.numpy("input")[done] + columns.numpy("output")[done] / 2).mean()) if done.any() else 1024.0
+    step = {"phase": "decode", "sequences_per_gpu": 4, "context_tokens": max(1.0, context)}
+    case = part.what_if({"step": step, "deployment.overlap": "none"})
+    return simulate_step(case, OpTimes.from_hardware(part.hardware), check=False)
 
 
 def _serve_once(
@@ -119,21 +175,25 @@ def _serve_once(
     window: tuple[float, float] | None,
 ) -> tuple[ServingResult, dict[str, Any]]:  # fmt: skip
     """Return one run and its figures; ``draw`` picks a draw of the calibration."""
-    pools = {"shared": scenario}
-    if serve.prefill is not None and serve.decode is not None:
-        pools = {"prefill": pool_scenario(scenario, serve.prefill), "decode": pool_scenario(scenario, serve.decode)}
+    pools = pools_of(scenario, serve)
     times: dict[str, OpTimesLike] = {}
     for name, part in pools.items():
         fitted = OpTimes.from_hardware(part.hardware)
         times[name] = fitted if draw is None else fitted.draw(draw)
-    engines = {name: engine(part, times[name], serve) for name, part in pools.items()}
+    engines = {name: engine(part, times[name], serve, role=name) for name, part in pools.items()}
+    if draw is not None:
+        # one common factor: whole systems are further from their prediction than their ops are from theirs
+        factor = float(discrepancy_factors(scenario.draws, scenario.seed)[draw - 1])
+        engines = {
+            name: replace(made, step_times=made.step_times.scaled(factor)) for name, made in engines.items()
+        }  # fmt: skip
     run = simulate_serving(
         serve, engines if serve.is_disaggregated else engines["shared"], kv_link=kv_link(scenario, serve),
         acceptance=scenario.speculative.acceptance, seed=seed, step_by_step=step_by_step, trace_window_s=window,
     )  # fmt: skip
     figures = run.metrics()
     steps = {name: StepFunction(part, times[name]) for name, part in pools.items()}
-    made = fleet_bill(run, figures, steps, scenario.usd_per_gpu_hour)
+    made = fleet_bill(run, steps, scenario.usd_per_gpu_hour)
     figures |= {
         "usd_per_million_input_tokens": made.usd_per_million_input_tokens,
         "usd_per_million_cached_input_tokens": made.usd_per_million_cached_input_tokens,

@@ -27,7 +27,7 @@ def test_peaks_memory_and_bandwidth_have_a_source(name: str) -> None:
         core.add("memory_bandwidth")
     assert not core & unsourced, f"{name}: without a source: {core & unsourced}"
     assert 1e10 < hardware.memory < 1e12
-    assert all(peak > 1e14 for peak in hardware.peak.values())
+    assert all(peak > 1e14 for dtype, peak in hardware.peak.items() if dtype != "fp32")  # without tensor cores
 
 
 @pytest.mark.parametrize("name", ASKED)

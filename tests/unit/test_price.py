@@ -33,7 +33,8 @@ def test_deepseek_published_day() -> None:
     day = bill(
         [
             Work(
-                paid_gpu_s=paid_gpu_s, input_gpu_s=prefill_gpu_s * scale, cached_gpu_s=0.0, output_gpu_s=decode_gpu_s * scale,
+                paid_gpu_s=paid_gpu_s, input_gpu_s=prefill_gpu_s * scale, cached_gpu_s=0.0,
+                output_gpu_s=decode_gpu_s * scale,
                 input_tokens=608e9 - 342e9, cached_tokens=342e9, output_tokens=168e9,
             )
         ],

@@ -60,13 +60,24 @@ BAD = [
     ('{"timestamp": 10, "input_length": 90, "output_length": 11}', "90 + 11 = 101 > 100"),
     ('{"timestamp": -1, "input_length": 5, "output_length": 1}', "arrival time of 0 s or later"),
 ]
+BAD += [(f'{{"timestamp": {at}, "input_length": 5, "output_length": 1}}', "") for at in range(20, 28)]
+
+
+def test_a_trace_of_mostly_faulty_rows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "2023-11-16 18:15:46.68,374,44\n" * 3)
+    with pytest.raises(WorkloadError, match=r"got 4 faulty and 0 good; .*serve.workload.format=azure"):
+        list(reader(path, "mooncake"))
+    path.write_bytes(bytes(range(128, 256)) * 40 + b"\n")
+    with pytest.raises(WorkloadError, match="got 1 faulty and 0 good"):
+        list(reader(path, "mooncake"))
 
 
 def test_faulty_rows_are_counted_listed_by_line_and_skipped(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text("".join(line + "\n" for line, _ in BAD))
     trace = reader(path, "mooncake", max_context_tokens=100)
-    assert len(list(trace)) == 2
+    assert len(list(trace)) == 10
     assert trace.faults.count == 7
     wanted = [(number, reason) for number, (_, reason) in enumerate(BAD, start=1) if reason]
     for (line, reason), listed in zip(wanted, trace.faults.listed, strict=True):

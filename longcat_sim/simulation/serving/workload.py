@@ -24,6 +24,8 @@ class Faults:
 
     path: str
     limit: int
+    hint: str = ""
+    """What to try where hardly a row can be read."""
     count: int = 0
     listed: list[str] = field(default_factory=list)
 
@@ -40,7 +42,18 @@ class Faults:
             raise WorkloadError(
                 [
                     f"{self.path}: expected at most {self.limit} faulty rows (max_bad_rows); got {self.count} by line "
-                    f"{line}; the first are below; mend the trace, or raise max_bad_rows to skip them",
+                    f"{line}; the first are below; {self.hint or 'mend the trace, or raise max_bad_rows to skip them'}",
+                    *self.listed,
+                ]
+            )
+
+    def finish(self, good: int) -> None:
+        """Raise WorkloadError where more rows were faulty than good: a table of the rest would mislead."""
+        if self.count > good:
+            raise WorkloadError(
+                [
+                    f"{self.path}: expected mostly rows that can be read; got {self.count} faulty and {good} good; "
+                    f"the first are below; {self.hint or 'mend the trace'}",
                     *self.listed,
                 ]
             )
@@ -123,7 +136,12 @@ class TraceReader:
                 f"{MOONCAKE_BLOCK_TOKENS} % {self.block_tokens} = {MOONCAKE_BLOCK_TOKENS % self.block_tokens}; try 16"
             )
         self.classes = {level.name: (at, level.priority) for at, level in enumerate(serve.slo)}
-        self.faults = Faults(str(self.path), workload.max_bad_rows)
+        hint = ""
+        if self.path.suffix == ".csv" and workload.format != "azure":
+            hint = "a CSV file may be an Azure trace: try --set serve.workload.format=azure"
+        elif self.path.suffix in (".jsonl", ".json") and workload.format == "azure":
+            hint = "JSON Lines may be a Mooncake trace: try --set serve.workload.format=mooncake"
+        self.faults = Faults(str(self.path), workload.max_bad_rows, hint)
         self.count = 0
 
     def __iter__(self) -> Iterator[Request]:
@@ -131,7 +149,7 @@ class TraceReader:
         most = workload.num_requests or 1 << 62
         until = 1 << 62 if workload.duration is None else round(workload.duration * 1e9)
         limit = workload.max_context_tokens or 1 << 62
-        with self.path.open(encoding="utf-8") as file:
+        with self.path.open(encoding="utf-8", errors="replace") as file:
             start: float | None = None
             last = 0
             for number, row in _rows(iter(file), workload.format, self.faults):
@@ -160,8 +178,9 @@ class TraceReader:
                 last = arrival
                 self.count += 1
                 yield self._request(arrival, input_tokens, output_tokens, rest)
+        self.faults.finish(self.count)
         if not self.count:
-            raise WorkloadError(f"{self.path}: expected one request at least; got none; is format right?")
+            raise WorkloadError(f"{self.path}: expected one request at least; the file is empty; give another")
 
     @staticmethod
     def _problem(seconds: Any, input_tokens: Any, output_tokens: Any, limit: int) -> str:
