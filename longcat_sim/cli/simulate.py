@@ -23,7 +23,12 @@ def run(
     from longcat_sim.records.files import write_text
     from longcat_sim.studies.simulate import simulate
 
-    result = simulate(load_scenario(scenario, parse_changes(set_ or [])), step_by_step=step_by_step)
+    result = simulate(
+        load_scenario(scenario, parse_changes(set_ or [])),
+        step_by_step=step_by_step,
+        keep_spans=trace is not None,
+        progress=say,
+    )
     if trace is not None:
         import json as json_module
 

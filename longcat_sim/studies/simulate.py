@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,16 +30,21 @@ from longcat_sim.studies.fleet_bill import fleet_bill
 from longcat_sim.studies.result import ServeOutcome, StepOutcome
 
 TRACE_WINDOW_S = (0.0, 60.0)
+Progress = Callable[[str], None]
 
 
-def simulate(scenario: Scenario, *, step_by_step: bool = False, keep_spans: bool = False) -> StepOutcome | ServeOutcome:
+def simulate(
+    scenario: Scenario, *, step_by_step: bool = False, keep_spans: bool = False, progress: Progress | None = None
+) -> StepOutcome | ServeOutcome:
     """Return the scenario's step (``step:``) or traffic (``serve:``); where it has both, the traffic.
+
+    ``keep_spans`` keeps the steps of the first minute of traffic for a trace; ``progress`` is told of each run.
 
     Raises:
         UserError: whatever the model, hardware, deployment or workload does not allow.
     """
     if scenario.serve is not None:
-        return simulate_traffic(scenario, step_by_step=step_by_step, keep_spans=keep_spans)
+        return simulate_traffic(scenario, step_by_step=step_by_step, keep_spans=keep_spans, progress=progress)
     if scenario.step is None:
         raise SpecError(
             f"{scenario.where}: expected a step: or a serve: section, such as "
@@ -122,7 +127,9 @@ def _op_notes(op_times: OpTimesLike, scenario: Scenario, step: StepResult) -> li
     return notes
 
 
-def simulate_traffic(scenario: Scenario, *, step_by_step: bool = False, keep_spans: bool = False) -> ServeOutcome:
+def simulate_traffic(
+    scenario: Scenario, *, step_by_step: bool = False, keep_spans: bool = False, progress: Progress | None = None
+) -> ServeOutcome:
     """Return the scenario's traffic served once, and once more per draw of calibration and traffic for intervals."""
     serve = scenario.serve
     assert serve is not None
@@ -135,10 +142,11 @@ def simulate_traffic(scenario: Scenario, *, step_by_step: bool = False, keep_spa
         notes += _op_notes(OpTimes.from_hardware(part.hardware), part, typical)
     intervals = None
     if scenario.draws > 1:
-        drawn = [
-            _serve_once(scenario, serve, draw, scenario.seed + draw, False, None)[1]
-            for draw in range(1, scenario.draws + 1)
-        ]
+        drawn = []
+        for draw in range(1, scenario.draws + 1):
+            if progress is not None:
+                progress(f"draw {draw} of {scenario.draws} for the intervals (--set draws=1 leaves them out)")
+            drawn.append(_serve_once(scenario, serve, draw, scenario.seed + draw, False, None)[1])
         intervals = metrics.intervals(drawn, run.interpolation_error)
         figures["wall_s"] += sum(each["wall_s"] for each in drawn)
     notes = list(dict.fromkeys(notes))

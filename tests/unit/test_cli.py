@@ -1,0 +1,137 @@
+"""The command line: one JSON document on stdout with the agreed keys; wrong input exits 2 with every fault at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longcat_sim.cli import main
+
+DECODE = {
+    "step_s", "tpot_s", "tokens_per_s_per_user", "tokens_per_s_per_gpu", "usd_per_million_output_tokens",
+    "exposed_communication_s", "communication_s", "compute_s", "memory_bytes_per_gpu",
+}  # fmt: skip
+SERVE = {
+    "requests", "completed", "rejected", "failed", "retried", "unstable", "extrapolated", "duration_s", "ttft_s",
+    "tpot_s", "itl_s", "e2e_s", "session_s", "tool_call_s", "input_tokens_per_s", "output_tokens_per_s",
+    "goodput_requests_per_s", "prefix_hit_ratio", "preemptions", "gpu_hours", "usd_per_million_input_tokens",
+    "usd_per_million_cached_input_tokens", "usd_per_million_output_tokens", "usd_basis", "wall_s", "intervals",
+}  # fmt: skip
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    printed = capsys.readouterr()
+    return int(stop.value.code or 0), printed.out, printed.err
+
+
+def test_decode_prints_the_agreed_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "simulate", "longcat-flash-h800-decode", "--json", "--set", "draws=4")
+    found = json.loads(out)
+    assert code == 0
+    assert set(found) >= DECODE
+    assert found["usd_basis"] == "decode_gpus"
+    for key in DECODE:
+        assert found[key]["p5"] <= found[key]["median"] <= found[key]["p95"], key
+    # TGS x TPOT = sequences per GPU, and the price follows from TGS
+    assert found["tokens_per_s_per_gpu"]["median"] * found["tpot_s"]["median"] == pytest.approx(96, rel=0.02)
+    rate = found["tokens_per_s_per_gpu"]["median"]
+    assert found["usd_per_million_output_tokens"]["median"] == pytest.approx(2 / 3600 / rate * 1e6, rel=0.02)
+    assert {"name", "lane", "start_s", "end_s", "tag"} <= set(found["layers"][0])
+
+
+def test_prefill_prints_input_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "simulate", "deepseek-v3-h800-prefill", "--json", "--set", "draws=1")
+    assert code == 0
+    assert {"input_tokens_per_s_per_gpu", "usd_per_million_input_tokens", "ttft_s"} <= set(json.loads(out))
+
+
+def test_traffic_prints_the_agreed_keys_and_a_bill_that_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(
+        capsys, "simulate", "longcat-flash-h800-serve", "--json", "--set", "draws=2", "--set",
+        "serve.workload.duration=40 s", "--set", "serve.workload.warm_up=5 s",
+    )  # fmt: skip
+    found = json.loads(out)
+    assert code == 0
+    assert set(found) >= SERVE
+    lines = found["bill_usd"]
+    assert sum(usd for name, usd in lines.items() if name != "total") == pytest.approx(lines["total"], rel=1e-9)
+    assert lines["total"] == pytest.approx(found["gpu_hours"] * 2.0, rel=1e-9)
+
+
+def test_pools_pay_their_own_price(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(
+        capsys, "simulate", "longcat-flash-h800-serve", "--json", "--set", "draws=1", "--set",
+        "serve.workload.duration=20 s", "--set", "serve.workload.warm_up=1 s", "--set",
+        "serve.decode={replicas: 2, hardware: h200-sxm}", "--set", "price={hardware_usd_per_gpu_hour: {h200-sxm: 4.0}}",
+    )  # fmt: skip
+    found = json.loads(out)
+    assert code == 0
+    hours = found["gpu_hours_by_pool"]
+    expected = hours["prefill"] * 2.0 + hours["decode"] * 4.0
+    assert found["bill_usd"]["total"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_larger_token_budget_never_frees_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    from longcat_sim.specs.scenario import scenario
+    from longcat_sim.studies.engines import kv_blocks
+
+    blocks = []
+    for budget in (4096, 8192, 8208, 16384, 65536):
+        case = scenario("longcat-flash-h800-serve", {"serve.scheduler.max_num_batched_tokens": budget})
+        assert case.serve is not None
+        blocks.append(kv_blocks(case, case.serve, "prefill"))
+    assert blocks == sorted(blocks, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["simulate", "nope"], ["expected a path or one of", "longcat-flash-h800-decode"]),
+        (["simulate", "longcat-flash-h800-decode", "--set", "hardware.memory=80", "--set", "foo=1"],
+         ["hardware.memory: expected a quantity in B", "foo: expected a known key"]),
+        (["simulate", "longcat-flash-h800-decode", "--set", "model=longcat"], ["longcat-flash"]),
+        (["simulate", "longcat-flash-h800-decode", "--set", "step.sequences_per_gpu=2000"],
+         ["GB too much", "sequences per GPU of this length fit"]),
+        (["simulate", "longcat-flash-h800-decode", "--set", "deployment.pp_size=2"], ["pp_size: expected 1; got 2"]),
+        (["simulate", "longcat-flash-h800-serve", "--set", "serve.workload.arrivals.rate=-1 /s"], ["greater than 0"]),
+        (["simulate", "qwen3-32b-h200-serve"], ["serve.workload", "set one"]),
+        (["simulate", "longcat-flash-h800-decode", "--set", "price.usd_per_gpu_hour=0"], ["greater than 0"]),
+        (["validate", "--section", "nope"], ["expected some of longcat-report"]),
+    ],
+)  # fmt: skip
+def test_wrong_input_exits_2_and_says_what_to_do(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+def test_a_profile_without_a_link_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "lonely.yaml"
+    path.write_text(
+        "schema: 1\nname: lonely\ndatasheet:\n  device: X\n  peak: {bf16: 989 TFLOP/s, fp8: 1979 TFLOP/s}\n"
+        "  memory: 200 GB\n  memory_bandwidth: 3 TB/s\n"
+    )
+    code, _, err = run(capsys, "simulate", "longcat-flash-h800-decode", "--set", f"hardware={path}")
+    assert code == 2
+    assert "scale_" in err
+    assert "Traceback" not in err
+
+
+def test_a_damaged_fit_is_a_fault_of_the_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(
+        "schema: 1\nname: broken\ndatasheet:\n  device: X\n  peak: {bf16: 989 TFLOP/s}\n  memory: 200 GB\n"
+        "  memory_bandwidth: 3 TB/s\nfit:\n  schema: 1\n  laws: []\n  collectives: {curves: [], reference: null}\n"
+    )
+    code, _, err = run(capsys, "simulate", "longcat-flash-h800-decode", "--set", f"hardware={path}")
+    assert code == 2
+    assert "collectives: expected what `calibrate` writes" in err
