@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ class Control:
         return value
 
 
-class Panel:
+class Panel(ABC):
     """A figure with controls. Sub-classes build ``self.figure`` in ``_build`` and change it in ``_update``."""
 
     title = ""
@@ -55,13 +56,13 @@ class Panel:
         self._output: Any = None
         self.set()
 
+    @abstractmethod
     def _build(self) -> Any:
         """Return the figure with all its traces, empty or not."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _update(self) -> None:
         """Put the figures of ``self.values`` into the traces and ``self.text``."""
-        raise NotImplementedError
 
     def set(self, **values: Any) -> Panel:
         """Move controls and update the figure in place; a fault of the scenario becomes the text.

@@ -109,11 +109,12 @@ def same(one: ServingResult, other: ServingResult) -> None:
     assert one.checks == other.checks
 
 
-def compare(scenario: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def compare(scenario: tuple[dict[str, Any], dict[str, Any]]) -> ServingResult:
     spec, extra = scenario
     fast = serve_once(spec, extra, debug=True)
     same(fast, serve_once(spec, extra, step_by_step=True, debug=True))
     same(fast, serve_once(spec, extra))
+    return fast
 
 
 def test_lost_replica_that_was_blocked_serves_again_after_its_return() -> None:
@@ -135,7 +136,9 @@ def test_lost_replica_that_was_blocked_serves_again_after_its_return() -> None:
             "kv_tiers": [{"name": "host", "capacity": "8 MB", "bandwidth": "1 GB/s"}],
             "faults": [{"kind": "replica_loss", "at": "129 ms", "duration": "94 ms"}],
         }  # fmt: skip
-        compare((spec, {"acceptance": (0.7, 0.5), "seed": 3, "disaggregated": False}))
+        checks = compare((spec, {"acceptance": (0.7, 0.5), "seed": 3, "disaggregated": False})).checks
+        assert checks["requests"] > 0
+        assert checks["completed"] == checks["requests"] - checks["rejected"] - checks["failed"]
 
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large]
