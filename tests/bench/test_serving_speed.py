@@ -3,6 +3,7 @@
 Run ``pytest tests/bench/test_serving_speed.py -s -m ""``; LONGCAT_SIM_BENCH_FULL=1 serves the million requests.
 """
 
+import functools
 import json
 import os
 import resource
@@ -16,31 +17,31 @@ from typing import Any
 import numpy as np
 import pytest
 
+from longcat_sim.calibration.op_times import OpTimes
 from longcat_sim.simulation.serving.cluster import Engine
 from longcat_sim.simulation.serving.simulate import ServingResult, simulate_serving
-from longcat_sim.simulation.serving.step_times import StepTimeGrid
+from longcat_sim.specs.scenario import scenario
 from longcat_sim.specs.serve import Serve
+from longcat_sim.studies.engines import engine as scenario_engine
 
 FULL = os.environ.get("LONGCAT_SIM_BENCH_FULL") == "1"
-LAYERS, HIDDEN, KV_BYTES, WEIGHT_BYTES = 64, 5120, 262_144, 65.6e9
+SCENARIO = "qwen3-32b-h200-serve"
 
 
-def step_seconds(batch: Any, context: Any, tokens: Any, keys: Any) -> Any:
-    """Return a roofline step of a dense 32B model on 2 H200: weights and KV from memory, or FLOP."""
-    memory = 2 * 4.8e12 * 0.8
-    compute = 2 * 989e12 * 0.6
-    flop = 2 * WEIGHT_BYTES / 2 * (batch + tokens) + 4 * LAYERS * 8192 * tokens * keys
-    return np.maximum(WEIGHT_BYTES / memory, flop / compute) + batch * context * KV_BYTES / memory + 1.5e-3
-
-
+@functools.cache
 def engine() -> Engine:
-    grid = StepTimeGrid.from_function(step_seconds, max_batch=256, max_context=131_072, max_prefill_tokens=8192)
-    blocks = int((2 * 141e9 * 0.9 - WEIGHT_BYTES - 8e9) / (KV_BYTES * 16))
-    return Engine(grid, blocks, 2)
+    """Return a replica of the packaged scenario: a dense 32B model on 2 H200, step times from the fitted profile."""
+    case = scenario(SCENARIO)
+    assert case.serve is not None
+    return scenario_engine(case, OpTimes.from_hardware(case.hardware), case.serve)
 
 
 def serve(workload: dict[str, Any], router: str = "least_loaded", replicas: int = 8) -> Serve:
-    return Serve.model_validate({"workload": workload, "replicas": replicas, "router": router})
+    case = scenario(SCENARIO).serve
+    assert case is not None
+    return Serve.model_validate(
+        {"workload": workload, "replicas": replicas, "router": router, "scheduler": case.scheduler}
+    )
 
 
 def timed(spec: Serve, one: Engine, **settings: Any) -> tuple[float, ServingResult, dict[str, Any]]:

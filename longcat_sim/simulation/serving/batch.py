@@ -137,9 +137,11 @@ class Batch:
 
     def _make_room(self, now: int) -> None:
         """Give every decoding sequence the blocks of the next step; preempt the last ones where there are none."""
-        while self.batch and not self._fits(0, self.multi_step):
+        steps = self.multi_step
+        while self.batch and not self._fits(0, steps):
             self._preempt(self._victim(), now)
-        self._evict(0, self.multi_step)
+        if self.cache.lru_blocks:
+            self._evict(0, steps)
 
     def _victim(self) -> Request:
         if self.is_priority:

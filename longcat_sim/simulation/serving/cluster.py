@@ -16,25 +16,12 @@ import simpy
 
 from longcat_sim.records.span import Span
 from longcat_sim.simulation.serving import draws
+from longcat_sim.simulation.serving.clock import ARRIVAL, COMPOSE, FAULT, SCALE, TRANSFER, Call
 from longcat_sim.simulation.serving.kv_cache import Tier
 from longcat_sim.simulation.serving.pools import NS, Engine, KvLink, PoolRun
 from longcat_sim.simulation.serving.replica import DECODE, IDLE, Replica
 from longcat_sim.simulation.serving.request import COMPLETED, FAILED, REJECTED, Columns, GapHistogram, Request
 from longcat_sim.specs.serve import Autoscaler, Fault, Serve
-
-STEP_END, FAULT, TRANSFER, ARRIVAL, SCALE, COMPOSE = (n << 40 for n in range(6))
-
-
-class Call(simpy.Event):
-    """A triggered event with one callback."""
-
-    version = 0
-    """Of the replica when a step began: a replanned step's end is stale."""
-    time = 0
-
-    def __init__(self, callback: Callable[[Any], None]) -> None:
-        self.callbacks = [callback]
-        self._ok = True
 
 
 class Cluster:
@@ -93,10 +80,8 @@ class Cluster:
 
     def end_of_step(self, replica: Replica, time: int) -> None:
         """Call the replica back when the step (or run of steps) it has just started ends, unless it is replanned."""
-        call = Call(replica.on_call)
-        call.version = replica.version
-        call.time = time
-        heappush(self.queue, (time, replica.order, next(self.numbers), call))
+        replica.ends_at = time
+        heappush(self.queue, (time, replica.order, next(self.numbers), replica.call))
 
     def compose_soon(self, replica: Replica) -> None:
         """Let the replica decide after everything else of this instant: at once, if nothing else is due."""

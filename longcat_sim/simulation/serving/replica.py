@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from longcat_sim.simulation.serving.batch import Batch
+from longcat_sim.simulation.serving.clock import Call
 from longcat_sim.simulation.serving.request import NEVER, Request
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ class Replica(Batch):
         """The lockstep group, if any."""
         # the step or run of steps that is under way
         self.phase = IDLE
-        self.version = 0
+        self.ends_at = -1
+        self.callbacks = [self.on_call]
+        self.call = Call(self.on_call)
         self.is_composing = False
         self.is_blocked = False
         self.started = 0
@@ -48,6 +51,8 @@ class Replica(Batch):
         self.steps: Any = ()
         self.chunks: list[tuple[Request, int]] = []
         # life
+        self.version = 0
+        """Counts losses and stops: what was planned for an earlier life is void."""
         self.is_up = True
         self.is_draining = False
         self.up_since = 0
@@ -63,8 +68,13 @@ class Replica(Batch):
         """Return how much of a prompt is cached as of the last boundary."""
         if not self.has_prefix_cache:
             return 0
-        self.settle(now)
-        return self.cache.match(request.chain, 1 << 40)[0] * self.block_tokens
+        cache = self.cache
+        match = cache.match(request.chain, 1 << 40)
+        if match[3] and self.phase == DECODE:
+            # only unpinned runs can be evicted: where all that matches is pinned, settling changes nothing
+            self.settle(now)
+            match = cache.match(request.chain, 1 << 40)
+        return match[0] * self.block_tokens
 
     # -- arrivals -------------------------------------------------------------------------------------------------
     def enqueue(self, request: Request, now: int, at_head: bool = False) -> None:
@@ -94,16 +104,18 @@ class Replica(Batch):
                 at += -at % self.multi_step
             if at < self.planned:
                 self.planned = at
-                self.version += 1
                 self.cluster.end_of_step(self, self.started + int(offsets[at - 1]))
         elif self.phase == IDLE and self.is_up and not self.is_composing:
             self.cluster.compose_soon(self)
 
     # -- boundaries -----------------------------------------------------------------------------------------------
     def on_call(self, call: Any) -> None:
-        """Take the end of a step, unless it was replanned in the meantime."""
-        if call.version == self.version:
-            self.on_step_end(call.time)
+        """Take the end of a step, unless it was replanned or lost in the meantime."""
+        call.callbacks = self.callbacks  # one event object for all steps: SimPy takes its callbacks away
+        now: int = self.cluster.env._now  # type: ignore[assignment]
+        if self.ends_at == now:
+            self.ends_at = -1
+            self.on_step_end(now)
 
     def on_step_end(self, now: int) -> None:
         """Account for what has just been computed, then compose (after whatever else happens at this instant)."""
@@ -191,7 +203,6 @@ class Replica(Batch):
         self.phase = MIXED
         self.started = now
         self.planned = 1
-        self.version += 1
         self.steps = [duration]
         self.offsets = [duration]
         if self.group is None:
@@ -287,13 +298,12 @@ class Replica(Batch):
             self.offsets = list(accumulate(times))
             end = self.offsets[-1]
         else:
-            self.offsets = np.cumsum(times)
+            self.offsets = np.add.accumulate(times)
             end = int(self.offsets[-1])
         self.steps = times
         self.phase = DECODE
         self.started = now
         self.planned = steps
-        self.version += 1
         if self.group is None:
             if self.resumed:
                 self._count_stalls(now)
@@ -378,6 +388,7 @@ class Replica(Batch):
         if self.phase == DECODE and done:
             self._advance(done)
         self.version += 1
+        self.ends_at = -1
         self.phase = IDLE
         self.is_blocked = False
         self.ghosts = self.ghost_blocks = 0

@@ -71,9 +71,6 @@ SCALAR_STEPS = 24
 """Runs shorter than this are computed on Python numbers, longer ones on arrays (measured: equal near 24)."""
 
 
-_STEPS = np.arange(4096, dtype=np.float64)
-
-
 def geometric_nodes(first: int, last: int, per_octave: int = 2) -> list[int]:
     """Return integers from ``first`` to ``last``, about ``per_octave`` in each doubling."""
     num = max(2, round(np.log2(max(last, first + 1) / first) * per_octave) + 1)
@@ -103,6 +100,7 @@ class StepTimeGrid:
     """95th percentile of the relative error half-way between nodes, measured when the grid was built."""
     is_detailed: bool = False
     _rows: dict[int, tuple[list[float], list[float], list[float]]] = field(default_factory=dict, repr=False)
+    _arrays: dict[int, tuple[FloatArray, ...]] = field(default_factory=dict, repr=False)
     _mixed: list = field(default_factory=list, repr=False)
 
     @classmethod
@@ -176,12 +174,13 @@ class StepTimeGrid:
     def at_quantile(self, quantile: float) -> StepTimeGrid:
         """Return the grid whose look-ups use the stored quantile nearest to ``quantile``."""
         row = min(range(len(self.quantiles)), key=lambda i: abs(self.quantiles[i] - quantile))
-        grid = replace(self, quantile=row, _rows={}, _mixed=[])
+        grid = replace(self, quantile=row, _rows={}, _arrays={}, _mixed=[])
         return grid
 
     def scaled(self, factor: float) -> StepTimeGrid:
         """Return the grid with all times multiplied: one draw of a common error."""
-        return replace(self, decode_s=self.decode_s * factor, mixed_s=self.mixed_s * factor, _rows={}, _mixed=[])
+        decode_s, mixed_s = self.decode_s * factor, self.mixed_s * factor
+        return replace(self, decode_s=decode_s, mixed_s=mixed_s, _rows={}, _arrays={}, _mixed=[])
 
     # -- decode ---------------------------------------------------------------------------------------------------
     def _row(self, batch: int) -> tuple[list[float], list[float], list[float]]:
@@ -223,18 +222,20 @@ class StepTimeGrid:
                 if num_steps == 1:
                     return [round(a + s * x)]
                 return [round(a + s * (x + y)) for y in range(0, batch * num_steps, batch)]
-            ns = _STEPS[:num_steps] * batch if num_steps <= len(_STEPS) else np.arange(num_steps) * float(batch)
-            ns += x
+            ns = np.arange(x, x + batch * num_steps, batch)
             ns *= s
             ns += a
-            return np.rint(ns, out=ns).astype(np.int64)
+            return np.rint(ns, ns).astype(np.int64)
         if num_steps < SCALAR_STEPS:
             return [self.decode_ns(batch, y) for y in range(total_context, last + 1, batch)]
         return self.decode_many_ns(batch, np.arange(total_context, last + 1, batch))
 
     def decode_many_ns(self, batch: int, total_contexts: IntArray) -> IntArray:
         """Return the times of decode steps of one batch [N]."""
-        at, base, slope = (np.array(x) for x in self._row(batch))
+        arrays = self._arrays.get(batch)
+        if arrays is None:
+            arrays = self._arrays[batch] = tuple(np.array(x) for x in self._row(batch))
+        at, base, slope = arrays
         j = np.maximum(np.searchsorted(at, total_contexts, side="right") - 1, 0)
         return np.rint(base[j] + slope[j] * (total_contexts - at[j])).astype(np.int64)
 
@@ -274,18 +275,30 @@ class StepTimeGrid:
         j = bisect_right(nodes, mean) - 1
         c = 0 if j < 0 else j if j < len(ic) else len(ic) - 1
         wc = (mean - nodes[c]) * ic[c]
-        corners = []
-        for rows in (table[b], table[b + 1]) if wb else (table[b],):
-            low, high = rows[c], rows[c + 1]
-            values = []
-            for plane in (low, high):
-                x, y = plane[p], plane[p + 1]
-                u = x[k] + (x[k + 1] - x[k]) * wk
-                values.append(u + (y[k] + (y[k + 1] - y[k]) * wk - u) * wp)
-            corners.append(values[0] + (values[1] - values[0]) * wc)
+        q, n, d = p + 1, k + 1, c + 1
+        # linear along keys, then prefill tokens, then context, then batch; written out because it is called so often
+        rows = table[b]
+        plane = rows[c]
+        x, y = plane[p], plane[q]
+        u = x[k] + (x[n] - x[k]) * wk
+        near = u + (y[k] + (y[n] - y[k]) * wk - u) * wp
+        plane = rows[d]
+        x, y = plane[p], plane[q]
+        u = x[k] + (x[n] - x[k]) * wk
+        near += (u + (y[k] + (y[n] - y[k]) * wk - u) * wp - near) * wc
         if wb:
-            return max(1, round(corners[0] + (corners[1] - corners[0]) * wb))
-        return max(1, round(corners[0]))
+            rows = table[b + 1]
+            plane = rows[c]
+            x, y = plane[p], plane[q]
+            u = x[k] + (x[n] - x[k]) * wk
+            far = u + (y[k] + (y[n] - y[k]) * wk - u) * wp
+            plane = rows[d]
+            x, y = plane[p], plane[q]
+            u = x[k] + (x[n] - x[k]) * wk
+            far += (u + (y[k] + (y[n] - y[k]) * wk - u) * wp - far) * wc
+            near += (far - near) * wb
+        ns = round(near)
+        return ns if ns > 0 else 1
 
     def is_outside(self, batch: int, total_context: int, prefill_tokens: int) -> bool:
         """Whether the step lies outside the nodes."""
