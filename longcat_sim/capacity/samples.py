@@ -69,16 +69,19 @@ def assess(
 ) -> dict[str, float]:
     """Return a decode step's figures over ``draws`` of calibration, routing and model error at once: the median of
     each, with ``_p5`` and ``_p95``; the ``probability`` of at most ``limit_s`` per token, and the time per token that
-    is kept with probability ``quantile``."""
+    is kept with probability ``quantile``. With one draw there is a point: no interval and no probability."""
     found = simulate_draws(scenario, op_times, draws, seed=scenario.seed)
     rows = [decode_figures(scenario, float(seconds)) for seconds in found.step_s]
     figures: dict[str, float] = {}
     for name in rows[0]:
         low, middle, high = np.quantile([row[name] for row in rows], (0.05, 0.5, 0.95))
-        figures |= {name: float(middle), f"{name}_p5": float(low), f"{name}_p95": float(high)}
+        figures[name] = float(middle)
+        if draws > 1:
+            figures |= {f"{name}_p5": float(low), f"{name}_p95": float(high)}
     if limit_s is not None:
         tpot = [row["tpot_s"] for row in rows]
-        figures["probability"] = probability(tpot, limit_s)
+        if draws > 1:
+            figures["probability"] = probability(tpot, limit_s)
         figures["tpot_s_at_probability"] = float(np.quantile(tpot, quantile))
     return figures
 

@@ -35,6 +35,17 @@ OBJECTIVES: Mapping[str, int] = {
 """Objective -> 1 where less is better, -1 where more is."""
 
 
+def objective_of(scenario: Scenario) -> tuple[str, int]:
+    """Return the figure that the search optimises and its sense.
+
+    Under traffic all fleets make the same tokens, so the cheapest is the one whose whole bill is least: the price of
+    output tokens alone would favour one that spends more on prompts.
+    """
+    name = search_of(scenario).objective
+    is_fleet = scenario.serve is not None and name == "usd_per_million_output_tokens"
+    return (f"{name}_all_in" if is_fleet else name), OBJECTIVES[name]
+
+
 @dataclass
 class Screened:
     """Candidates as columns [N]: ``shape`` is an index into ``shapes``. Every one fits in memory."""

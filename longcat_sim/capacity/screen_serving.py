@@ -140,8 +140,8 @@ def _figures(
 ) -> Any:
     tokens_per_hour = traffic.requests_per_s * traffic.output_tokens * SECONDS_PER_HOUR
     return {
-        "usd_per_million_output_tokens": usd_per_hour / tokens_per_hour * MILLION, "tpot_s": tpot_s, "ttft_s": ttft_s,
-        "tokens_per_s_per_user": 1 / tpot_s, "num_gpus": num_gpus, **more,
+        "usd_per_million_output_tokens_all_in": usd_per_hour / tokens_per_hour * MILLION, "tpot_s": tpot_s,
+        "ttft_s": ttft_s, "tokens_per_s_per_user": 1 / tpot_s, "num_gpus": num_gpus, **more,
     }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from longcat_sim.capacity.screen import (
     tpot_limit_s,
 )
 from longcat_sim.capacity.sweep import Evaluate, Progress, sweep
+from longcat_sim.capacity.uncertainty import check_draws
 from longcat_sim.errors import CapacityError
 from longcat_sim.specs.scenario import Scenario
 
@@ -112,6 +113,8 @@ def search_steps(
             f"{scenario.where}: search.objective: ttft_s needs traffic; got a decode step; give serve: or another "
             "objective"
         )
+    if limit_s is not None:
+        check_draws(scenario.draws, search.probability, scenario.where)
     screened = screen_steps(scenario, op_times)
     check_reachable(scenario, screened.shapes, limit_s)
     at = survivors_of(screened, scenario, limit_s)
@@ -173,7 +176,7 @@ def choose(
             continue
         assessed = assess(screened.scenario(at))
         row.figures = {**row.figures, **assessed}
-        chance = float(assessed["probability"])
+        chance = float(assessed.get("probability", assessed["tpot_s_at_probability"] <= limit_s))
         mine = devices == devices[at]
         if chance >= search.probability and assessed["tpot_s_at_probability"] <= limit_s:
             needed = max(float(spread[at]), float(assessed["tpot_s_at_probability"]) / screened.columns["tpot_s"][at])

@@ -7,6 +7,7 @@ sources do. That is what lets one source move while the others stand still.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -204,11 +205,25 @@ def measure_next(
     return sorted(advice, key=lambda row: -row.share)
 
 
-def probability(draws: FloatArray | Sequence[float], limit: float, *, at_most: bool = True) -> float:
-    """Return the share of draws within ``limit``, with half a draw added on each side (Jeffreys), so never 0 or 1.
+def chance_of(met: int, draws: int) -> float:
+    """Return the chance behind ``met`` of ``draws``, with half a draw added on each side (Jeffreys), so never 0 or 1.
 
     Source: Brown, Cai, DasGupta, Statistical Science 16 (2001), section 3.1.
     """
+    return (met + 0.5) / (draws + 1)
+
+
+def check_draws(draws: int, wanted: float, where: str) -> None:
+    """Raise CapacityError if so few draws cannot show so high a chance; says how many can."""
+    if draws > 1 and chance_of(draws, draws) < wanted:
+        least = math.ceil((wanted - 0.5) / (1 - wanted) - 1e-9)
+        raise CapacityError(
+            f"{where}: search.probability: expected at most {chance_of(draws, draws):.3f}, which {draws} draws can show "
+            f"when all keep the level; got {wanted:g}; ask for less, or set draws: {least}"
+        )
+
+
+def probability(draws: FloatArray | Sequence[float], limit: float, *, at_most: bool = True) -> float:
+    """Return the chance that a figure is within ``limit``, from its draws [N]."""
     values = np.asarray(draws, dtype=float)
-    inside = int((values <= limit).sum() if at_most else (values >= limit).sum())
-    return (inside + 0.5) / (len(values) + 1)
+    return chance_of(int((values <= limit).sum() if at_most else (values >= limit).sum()), len(values))

@@ -3,33 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from longcat_sim.capacity.price import Bill, Work, bill
+from longcat_sim.capacity.price import Bill, Work, bill, paid_window
+from longcat_sim.simulation.metrics import stability
 from longcat_sim.simulation.serving.simulate import PoolUse, ServingResult
 from longcat_sim.studies.engines import StepFunction
 
 
-def fleet_bill(
-    run: ServingResult, steps: Mapping[str, StepFunction], usd_per_gpu_hour: float
-) -> Bill:  # fmt: skip
+@dataclass(frozen=True)
+class FleetBill:
+    """A bill, and of each pool the GPU-hours that it holds and the share of them that was busy."""
+
+    bill: Bill
+    gpu_hours_by_pool: dict[str, float]
+    busy_ratio_by_pool: dict[str, float]
+    window_s: tuple[float, float]
+
+    def figures(self) -> dict[str, Any]:
+        """Return what every command prints of a fleet's bill; all over the same window."""
+        return {**self.bill.figures(), "gpu_hours_by_pool": self.gpu_hours_by_pool, "paid_window_s": self.window_s}
+
+
+def fleet_bill(run: ServingResult, steps: Mapping[str, StepFunction], usd_per_gpu_hour: float) -> FleetBill:
     """Return the bill of a run. ``steps`` has the step function of each pool; each pool pays its own device's price.
 
-    The rule for replicas that mix prefill and decode: busy GPU-seconds are split in the ratio of what the run's prompt
-    tokens and its output tokens would cost in steps of their own, at the run's mean sizes. Of the prompts' part, cached
-    tokens carry what attending to them adds to a prefill.
+    GPU-hours and tokens are those of ``paid_window``: requests of the warm-up are in neither. The rule for replicas
+    that mix prefill and decode: busy GPU-seconds are split in the ratio of what the prompt tokens and the output tokens
+    would cost in steps of their own, at the run's mean sizes. Of the prompts' part, cached tokens carry what attending
+    to them adds to a prefill.
     """
-    pools = [_work(pool, run, steps[name]) for name, pool in run.pools.items()]
-    return bill(pools, usd_per_gpu_hour)
+    columns, warm_up = run.records, run.serve.workload.warm_up
+    arrival = columns.numpy("arrival")
+    done = (columns.numpy("status") == 1) & (arrival >= round(warm_up * 1e9))
+    window = paid_window(
+        arrival[done] * 1e-9, columns.numpy("last")[done] * 1e-9, warm_up_s=warm_up, is_unstable=stability(run)[0]
+    )
+    pools = {name: _work(pool, run, steps[name], done, window) for name, pool in run.pools.items()}
+    return FleetBill(
+        bill(list(pools.values()), usd_per_gpu_hour),
+        {name: work.paid_gpu_s / 3600.0 for name, work in pools.items()},
+        {
+            name: (work.input_gpu_s + work.cached_gpu_s + work.output_gpu_s) / work.paid_gpu_s if work.paid_gpu_s else 0
+            for name, work in pools.items()
+        },
+        window,
+    )
 
 
-def _work(pool: PoolUse, run: ServingResult, step: StepFunction) -> Work:
+def _work(
+    pool: PoolUse, run: ServingResult, step: StepFunction, done: npt.NDArray[np.bool_], window: tuple[float, float]
+) -> Work:
     columns = run.records
-    done = columns.numpy("status") == 1
     inputs, outputs = columns.numpy("input")[done].astype(float), columns.numpy("output")[done].astype(float)
     cached = columns.numpy("cached")[done].astype(float)
-    paid, busy = pool.gpu_hours * 3600.0, pool.busy_s * pool.num_gpus
+    length = window[1] - window[0]
+    paid = pool.gpu_hours * 3600.0 * length / max(run.duration_s, 1e-9)
+    busy = min(pool.busy_s * pool.num_gpus * _share_within(pool, run, window), paid)
     does_prefill, does_decode = pool.name != "decode", pool.name != "prefill"
     output_alone = prefill_alone = cached_share = 0.0
     if len(inputs):
@@ -43,8 +77,7 @@ def _work(pool: PoolUse, run: ServingResult, step: StepFunction) -> Work:
         prefill_alone = whole / computed * float((inputs - cached).sum()) if does_prefill else 0.0
         if does_decode and outputs.sum() > len(outputs):
             gaps = columns.numpy("last")[done] - columns.numpy("first")[done]
-            duration = max(run.duration_s, 1e-9) * pool.num_replicas
-            batch = max(1.0, float(gaps.sum()) * 1e-9 / duration)
+            batch = max(1.0, float(gaps.sum()) * 1e-9 / (max(length, 1e-9) * pool.num_replicas))
             context = float((inputs + outputs / 2).mean())
             seconds = float(step(np.array([batch]), np.array([context]), np.zeros(1), np.zeros(1))[0])
             per_step = batch * step.scenario.speculative.tokens_per_step
@@ -61,3 +94,23 @@ def _work(pool: PoolUse, run: ServingResult, step: StepFunction) -> Work:
         output_tokens=float(outputs.sum()) if does_decode else 0.0,
         usd_per_gpu_hour=step.scenario.usd_per_gpu_hour,
     )
+
+
+def _share_within(pool: PoolUse, run: ServingResult, window: tuple[float, float]) -> float:
+    """Return the share of a pool's busy seconds that lies in the window: a replica is busy while it has requests."""
+    columns = run.records
+    done = columns.numpy("status") == 1
+    names = {"prefill": ("replica", "scheduled", "first"), "decode": ("decode_replica", "first", "last")}
+    of, begin, end = (columns.numpy(name)[done] for name in names.get(pool.name, ("replica", "scheduled", "last")))
+    low, high = (round(edge * 1e9) for edge in window)
+    whole = inside = 0.0
+    for replica in np.unique(of):
+        mine = of == replica
+        order = np.argsort(begin[mine], kind="stable")
+        starts, ends = begin[mine][order], np.maximum.accumulate(end[mine][order])
+        # a stretch without requests ends where one begins after all before it have ended
+        cuts = np.flatnonzero(starts[1:] > ends[:-1]) + 1
+        first, last = starts[np.concatenate([[0], cuts])], ends[np.concatenate([cuts - 1, [len(ends) - 1]])]
+        whole += float((last - first).sum())
+        inside += float(np.maximum(np.minimum(last, high) - np.maximum(first, low), 0).sum())
+    return inside / whole if whole else 0.0

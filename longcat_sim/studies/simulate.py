@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from longcat_sim.calibration import OpTimes
 from longcat_sim.capacity.interval import Interval
+from longcat_sim.capacity.op_times import op_times_of
 from longcat_sim.capacity.price import usd_per_million_tokens
 from longcat_sim.errors import SpecError
 from longcat_sim.ops.op import Op, OpTimesLike, Tag
 from longcat_sim.simulation import metrics
-from longcat_sim.simulation.serving.simulate import ServingResult, simulate_serving
+from longcat_sim.simulation.serving.simulate import ServingResult
 from longcat_sim.simulation.step import (
     StepDraws,
     StepResult,
-    discrepancy_factors,
     simulate_draws,
     simulate_step,
     step_size,
 )
 from longcat_sim.specs.scenario import Scenario
-from longcat_sim.specs.serve import Serve
-from longcat_sim.studies.engines import StepFunction, engine, kv_link, pools_of
-from longcat_sim.studies.fleet_bill import fleet_bill
+from longcat_sim.studies.engines import pools_of
 from longcat_sim.studies.result import ServeOutcome, StepOutcome
+from longcat_sim.studies.served import serve_once
 
 TRACE_WINDOW_S = (0.0, 60.0)
 Progress = Callable[[str], None]
@@ -50,7 +47,7 @@ def simulate(
             f"{scenario.where}: expected a step: or a serve: section, such as "
             "--set 'step={phase: decode, sequences_per_gpu: 96, context_tokens: 5000}'; got neither; add one"
         )
-    return simulate_one_step(scenario, OpTimes.from_hardware(scenario.hardware))
+    return simulate_one_step(scenario, op_times_of(scenario.hardware))
 
 
 def simulate_one_step(scenario: Scenario, op_times: OpTimesLike) -> StepOutcome:
@@ -134,19 +131,19 @@ def simulate_traffic(
     serve = scenario.serve
     assert serve is not None
     window = TRACE_WINDOW_S if keep_spans else None
-    run, figures = _serve_once(scenario, serve, None, scenario.seed, step_by_step, window)
+    run, figures = serve_once(scenario, step_by_step=step_by_step, window=window)
     notes: list[str] = []
     for part in (pools_of(scenario, serve)).values():
         typical = _typical_step(part, run)
         figures["extrapolated"] = bool(figures["extrapolated"] or is_extrapolated(typical.tags))
-        notes += _op_notes(OpTimes.from_hardware(part.hardware), part, typical)
+        notes += _op_notes(op_times_of(part.hardware), part, typical)
     intervals = None
     if scenario.draws > 1:
         drawn = []
         for draw in range(1, scenario.draws + 1):
             if progress is not None:
                 progress(f"draw {draw} of {scenario.draws} for the intervals (--set draws=1 leaves them out)")
-            drawn.append(_serve_once(scenario, serve, draw, scenario.seed + draw, False, None)[1])
+            drawn.append(serve_once(scenario, draw)[1])
         intervals = metrics.intervals(drawn, run.interpolation_error)
         figures["wall_s"] += sum(each["wall_s"] for each in drawn)
     notes = list(dict.fromkeys(notes))
@@ -175,38 +172,4 @@ def _typical_step(part: Scenario, run: ServingResult) -> StepResult:
     context = float((columns.numpy("input")[done] + columns.numpy("output")[done] / 2).mean()) if done.any() else 1024.0
     step = {"phase": "decode", "sequences_per_gpu": 4, "context_tokens": max(1.0, context)}
     case = part.what_if({"step": step, "deployment.overlap": "none"})
-    return simulate_step(case, OpTimes.from_hardware(part.hardware), check=False)
-
-
-def _serve_once(
-    scenario: Scenario, serve: Serve, draw: int | None, seed: int, step_by_step: bool,
-    window: tuple[float, float] | None,
-) -> tuple[ServingResult, dict[str, Any]]:  # fmt: skip
-    """Return one run and its figures; ``draw`` picks a draw of the calibration."""
-    pools = pools_of(scenario, serve)
-    times: dict[str, OpTimesLike] = {}
-    for name, part in pools.items():
-        fitted = OpTimes.from_hardware(part.hardware)
-        times[name] = fitted if draw is None else fitted.draw(draw)
-    engines = {name: engine(part, times[name], serve, role=name) for name, part in pools.items()}
-    if draw is not None:
-        # one common factor: whole systems are further from their prediction than their ops are from theirs
-        factor = float(discrepancy_factors(scenario.draws, scenario.seed)[draw - 1])
-        engines = {
-            name: replace(made, step_times=made.step_times.scaled(factor)) for name, made in engines.items()
-        }  # fmt: skip
-    run = simulate_serving(
-        serve, engines if serve.is_disaggregated else engines["shared"], kv_link=kv_link(scenario, serve),
-        acceptance=scenario.speculative.acceptance, seed=seed, step_by_step=step_by_step, trace_window_s=window,
-    )  # fmt: skip
-    figures = run.metrics()
-    steps = {name: StepFunction(part, times[name]) for name, part in pools.items()}
-    made = fleet_bill(run, steps, scenario.usd_per_gpu_hour)
-    figures |= {
-        "usd_per_million_input_tokens": made.usd_per_million_input_tokens,
-        "usd_per_million_cached_input_tokens": made.usd_per_million_cached_input_tokens,
-        "usd_per_million_output_tokens": made.usd_per_million_output_tokens,
-        "usd_per_million_output_tokens_all_in": made.usd_per_million_output_tokens_all_in,
-        "bill_usd": {**made.lines_usd, "total": made.total_usd},
-    }
-    return run, figures
+    return simulate_step(case, op_times_of(part.hardware), check=False)

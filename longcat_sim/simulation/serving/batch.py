@@ -103,28 +103,29 @@ class Batch:
         """Return the context of every decoding sequence."""
         return [self._context_at(r, self.step) for r in self.running if r.done_at != NEVER]
 
-    def _others(self) -> int:
-        """Return blocks held besides the decoding sequences' (prefill, loads), shared runs counted once."""
-        return self.prefill_blocks + self.loading_blocks - self.cache.shared + self.cache.pinned_blocks
+    def _room(self) -> int:
+        """Return blocks left for decoding sequences by others (prefill, loads; shared runs counted once)."""
+        cache = self.cache
+        return cache.capacity - self.prefill_blocks - self.loading_blocks + cache.shared - cache.pinned_blocks
 
     def _fits(self, need: int, steps: int, keep: int = 0) -> bool:
         """Whether ``need`` blocks more than the running ones after ``steps`` steps are free or could be evicted."""
-        room = self.cache.capacity - keep - self._others() - need - self.ghost_blocks
+        room = self._room() - keep - need - self.ghost_blocks
         return self._decode_blocks_bound(steps) <= room or self._decode_blocks(steps) <= room
 
     def _evict(self, need: int, steps: int) -> None:
         """Evict what stands in the way of ``need`` blocks more than the running ones after ``steps`` steps."""
-        cache = self.cache
-        if cache.lru_blocks:
-            room = cache.capacity - self._others() - need - cache.lru_blocks
+        cached = self.cache.lru_blocks
+        if cached:
+            room = self._room() - need - cached
             if self._decode_blocks_bound(steps) > room:
                 over = self._decode_blocks(steps) - room
                 if over > 0:
-                    cache.evict(over)
+                    self.cache.evict(over)
 
     def _steps_that_fit(self, most: int) -> int:
         """Return the largest number of steps, ``multi_step`` at least, for which blocks last."""
-        room = self.cache.capacity - self._others()
+        room = self._room()
         window = self.multi_step
         low, high = 1, most // window
         while low < high:
@@ -335,7 +336,7 @@ class Batch:
         chain = request.chain
         while request.segment < len(chain):
             keys, unit = chain[request.segment]
-            base = sum(len(k) * n for k, n in chain[: request.segment])
+            base = sum(len(k) * n for k, n in chain[: request.segment]) if request.segment else 0
             start = request.inserted
             stop = min((done - base) // unit, len(keys))
             if stop > start:

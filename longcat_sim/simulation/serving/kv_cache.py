@@ -220,18 +220,17 @@ class KvCache:
             keys, unit = run.keys, run.unit
             drop = -(-count // unit)
             if drop < len(keys):
-                gone = keys[-drop:]
                 run.keys = keys[:-drop]
             else:
-                gone = keys
                 drop = len(keys)
                 del lru[run]
                 del self.runs[keys[0]]
-            count -= drop * unit
-            self.lru_blocks -= drop * unit
-            self.evicted += drop * unit
+            blocks = drop * unit
+            count -= blocks
+            self.lru_blocks -= blocks
+            self.evicted += blocks
             if self.tiers:
-                for key in reversed(gone):
+                for key in reversed(keys[-drop:]):
                     fallen = [(key, unit)]
                     for tier in self.tiers:
                         fallen = [late for k, n in fallen for late in tier.put(k, n)]

@@ -206,7 +206,8 @@ class Replica(Batch):
         self.steps = [duration]
         self.offsets = [duration]
         if self.group is None:
-            self._count_stalls(now)
+            if self.resumed:
+                self._count_stalls(now)
             self.cluster.end_of_step(self, now + duration)
 
     def set_duration(self, duration: int, now: int) -> None:
@@ -281,7 +282,7 @@ class Replica(Batch):
             or (self.waiting and (self.ghosts or self.is_late or self.has_preempted))
         ):
             steps = window
-        elif self._decode_blocks_bound(steps) + self._others() > self.cache.capacity:
+        elif self._decode_blocks_bound(steps) > self._room():
             steps = self._steps_that_fit(steps)
         batch = self.batch
         if self.is_detailed:
