@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from longcat_sim.capacity.candidates import search_of
-from longcat_sim.capacity.screen import Screened
+from longcat_sim.capacity.screen import Screened, objective_of
+from longcat_sim.specs.price import HOURS_PER_MONTH
 from longcat_sim.specs.scenario import Scenario
 
 
@@ -20,11 +21,11 @@ class Survivor:
     figures: Mapping[str, Any] | None
     faults: tuple[str, ...] = ()
 
-    def figure(self, name: str) -> float:
-        """Return a simulated figure; of one that does not simulate, the screened one."""
+    def figure(self, name: str, missing: Any = ...) -> Any:
+        """Return a simulated figure; of one that does not simulate, the screened one; else ``missing``."""
         if self.figures is not None and self.figures.get(name) is not None:
             return float(self.figures[name])
-        return float(self.screened[name])
+        return float(self.screened[name]) if missing is ... or name in self.screened else missing
 
     def to_json(self) -> dict[str, Any]:
         """Return deployment, simulated figures, and the screened ones beside them."""
@@ -64,7 +65,7 @@ class CapacityResult:
         return {
             "winner": self.winner.to_json(), "pareto": self.pareto, "binding": self.binding, "why": self.why,
             "rejected": self.rejected, "max_rate_at_slo": self.max_rate_at_slo,
-            "objective": search_of(self.scenario).objective, "usd_basis": self.usd_basis,
+            "objective": objective_of(self.scenario)[0], "usd_basis": self.usd_basis,
             "candidates_looked_at": self.looked_at, "candidates_solved": self.solved,
             "candidates_simulated": len(self.survivors), "screen_wall_s": self.screen_wall_s,
             "simulate_wall_s": self.simulate_wall_s, "screening_interpolation_error": self.interpolation_error,
@@ -73,34 +74,23 @@ class CapacityResult:
 
     def __str__(self) -> str:
         """Return the answer as a person wants it."""
-        w, search, rate = self.winner, search_of(self.scenario), self.max_rate_at_slo
-        usd, tpot = w.figure("usd_per_million_output_tokens"), w.figure("tpot_s")
-        batch = w.screened.get("sequences_per_gpu")
         lines = [
             f"{self.looked_at:,} candidates looked at ({self.solved:,} solved) in {self.screen_wall_s:.1f} s, "
             f"{len(self.survivors)} simulated in {self.simulate_wall_s:.1f} s",
             "",
-            f"winner      {w.screened['deployment']}" + (f", {batch:g} sequences per GPU" if batch else ""),
-            f"cost        {usd:.4g} USD per million output tokens ({self.usd_basis})"
-            + _range(w, "usd_per_million_output_tokens"),
-            f"speed       {tpot * 1e3:.4g} ms per token{_range(w, 'tpot_s', 1e3)}, {1 / tpot:.3g} tokens/s per user",
+            *(_line(name, text) for name, text in self._answer()),
+            _line("binds", self.binding["sentence"]),
+            "",
+            f"why it wins (the best that chose otherwise; screened {WORDS[search_of(self.scenario).objective]}):",
         ]
-        if "ttft_s" in (w.figures or {}):
-            lines.append(f"            {w.figure('ttft_s'):.3g} s to the first token{_range(w, 'ttft_s')}")
-        if w.figures and w.figures.get("probability") is not None:
-            chance = w.figures["probability"]
-            lines.append(f"service     met with probability {chance:.2f} (asked {search.probability})")
-        fleet = f"fleet       {rate['replicas']} replicas on {rate['num_gpus']} GPUs: "
-        fleet += f"{rate['output_tokens_per_s']:,.0f} output tokens/s"
-        if rate["concurrent_users"] is not None:
-            fleet += f", {rate['concurrent_users']:,.0f} users at once"
-        if rate["requests_per_s"] is not None:
-            fleet += f"; up to {rate['requests_per_s']:.3g} requests/s within the level"
-        lines.append(fleet)
-        lines += [f"binds       {self.binding['sentence']}", "", "why it wins (best candidate with another choice):"]
-        lines += [
-            f"  {row['choice']:<14} {row['value']!s:<12} {row['ratio']:.3g} x {row['objective']}" for row in self.why
-        ]
+        others: dict[str, list[Mapping[str, Any]]] = {}
+        for row in self.why:
+            others.setdefault(row["deployment"], []).append(row)
+        for deployment, rows in others.items():
+            choices = ", ".join(f"{row['choice']} {row['value']}" for row in rows)
+            lines.append(f"  {rows[0]['ratio']:.3g} x with {choices}: {deployment}")
+        if not self.why:
+            lines.append("  nothing else was possible")
         if self.rejected:
             lines += ["", "put aside: " + ", ".join(f"{count:,} {reason}" for reason, count in self.rejected.items())]
         lines += [f"note: {note}" for note in self.notes]
@@ -108,8 +98,109 @@ class CapacityResult:
 
     __repr__ = __str__
 
+    def _answer(self) -> list[tuple[str, str]]:
+        """Return the lines of the answer as (name, text)."""
+        w, search = self.winner, search_of(self.scenario)
+        batch = w.screened.get("sequences_per_gpu")
+        rows = [("winner", w.screened["deployment"] + (f", {batch:g} sequences per GPU" if batch else ""))]
+        if self.scenario.serve is None:
+            rows.append(("cost", f"{_shown(w, 'usd_per_million_output_tokens')} USD per million output tokens"))
+            rows.append(("", f"(of {self.usd_basis}: only these GPUs are paid)"))
+            per_user = 1 / w.figure("tpot_s")
+            rows.append(("speed", f"{_shown(w, 'tpot_s', 1e3)} ms per token, {per_user:.3g} tokens/s per user"))
+            if search.tpot is not None:
+                rows[-1] = ("speed", f"{rows[-1][1]} (level {search.tpot * 1e3:.4g} ms)")
+        else:
+            rows += self._bill() + self._latency()
+        chance, is_asked = (w.figures or {}).get("probability"), tpot_asked(self.scenario)
+        if chance is not None:
+            words = f"kept with probability {chance:.2f} ({search.probability:g} asked)"
+            rows.append(("service" if self.scenario.serve is None else "", words))
+        elif is_asked:
+            rows.append(("", "the level is kept by the point estimate; draws: 1 gives no probability"))
+        return rows + self._fleet()
 
-def _range(survivor: Survivor, name: str, scale: float = 1.0) -> str:
+    def _bill(self) -> list[tuple[str, str]]:
+        w = self.winner
+        rows = [
+            ("cost", f"{_shown(w, 'usd_per_million_output_tokens_all_in')} USD per million output tokens, whole bill"),
+            ("", f"its lines: {_shown(w, 'usd_per_million_input_tokens')} per million input tokens, "
+                 f"{_shown(w, 'usd_per_million_output_tokens')} per million output tokens"),
+        ]  # fmt: skip
+        if w.figure("usd_per_million_cached_input_tokens", None) is not None:
+            rows.append(("", f"and {_shown(w, 'usd_per_million_cached_input_tokens')} per million cached input tokens"))
+        month = w.screened["usd_per_hour"] * HOURS_PER_MONTH
+        rows.append(("", f"{w.figure('num_gpus'):g} GPUs, {month:,.0f} USD a month"))
+        return rows
+
+    def _latency(self) -> list[tuple[str, str]]:
+        w, serve, search = self.winner, self.scenario.serve, search_of(self.scenario)
+        assert serve is not None
+        rows: list[tuple[str, str]] = []
+        for name, title, scale, unit in (("ttft", "TTFT", 1.0, "s"), ("tpot", "TPOT", 1e3, "ms")):
+            if w.figure(f"{name}_s", None) is None:
+                continue
+            limits = {level.name: getattr(level, name) for level in serve.slo if getattr(level, name) is not None}
+            asked = ", ".join(
+                f"{limit * scale:.4g} {unit}" + (f" for {of}" if len(serve.slo) > 1 else "")
+                for of, limit in limits.items()
+            )
+            text = (
+                f"{title} p99 {_shown(w, f'{name}_p99_s', scale)} {unit}, mean {_shown(w, f'{name}_s', scale)} {unit}"
+            )
+            rows.append(("" if rows else "latency", text + (f" (level {asked})" if asked else "")))
+        rows.append(
+            ("service", f"{_shown(w, 'attained', 100)} % of the requests of the worst class within its level "
+                        f"({search.attainment:.0%} asked)")
+        )  # fmt: skip
+        return rows
+
+    def _fleet(self) -> list[tuple[str, str]]:
+        rate = self.max_rate_at_slo
+        spares = f" ({rate['spare_replicas']} spare)" if rate["spare_replicas"] else ""
+        made = _with_interval(rate, "output_tokens_per_s", "{:,.0f}")
+        if self.scenario.serve is None:
+            users = f"{rate['concurrent_users']:,.0f} users at once"
+            return [
+                ("fleet", f"{rate['num_gpus']} GPUs, {rate['replicas']} replicas{spares}: {made} output tokens/s"),
+                ("", f"= {users} at this level"),
+            ]
+        highest = _with_interval(rate, "requests_per_s", "{:.3g}")
+        return [
+            ("fleet", f"{rate['num_gpus']} GPUs, {rate['replicas']} replicas{spares}, for {made} output tokens/s"),
+            ("headroom", f"this fleet takes up to {highest} requests/s of this traffic within the level"),
+            ("", f"= {rate['concurrent_users']:,.0f} requests in flight at once"),
+        ]
+
+
+WORDS = {
+    "usd_per_million_output_tokens": "USD per output token", "tokens_per_s_per_user": "tokens/s per user",
+    "ttft_s": "TTFT", "num_gpus": "GPUs",
+}  # fmt: skip
+
+
+def tpot_asked(scenario: Scenario) -> bool:
+    """Whether the scenario asks for a service level."""
+    levels = scenario.serve.slo if scenario.serve is not None else ()
+    return search_of(scenario).tpot is not None or any(level.ttft or level.tpot or level.e2e for level in levels)
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:<10}  {text}"
+
+
+def _shown(survivor: Survivor, name: str, scale: float = 1.0) -> str:
+    """Return a figure with its interval, where it has one."""
+    value = survivor.figure(name, None)
+    if value is None:
+        return "no"
     figures = survivor.figures or {}
     low, high = figures.get(f"{name}_p5"), figures.get(f"{name}_p95")
-    return "" if low is None or high is None else f" [{low * scale:.4g}, {high * scale:.4g}]"
+    spread = "" if low is None or high is None else f" [{low * scale:.4g}, {high * scale:.4g}]"
+    return f"{value * scale:.4g}{spread}"
+
+
+def _with_interval(row: Mapping[str, Any], name: str, form: str) -> str:
+    low, high = row.get(f"{name}_p5"), row.get(f"{name}_p95")
+    spread = "" if low is None or high is None else f" [{form.format(low)}, {form.format(high)}]"
+    return form.format(row[name]) + spread

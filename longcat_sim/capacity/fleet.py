@@ -13,6 +13,8 @@ from longcat_sim.specs.price import HOURS_PER_MONTH
 
 Verdict = Mapping[str, Any]
 """What a run at some rate gave; ``is_met`` says whether it kept the service level."""
+SHOWN = ("attained", "ttft_p99_s", "tpot_p99_s", "ttft_s", "tpot_s")
+"""Figures of a verdict that a message quotes."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class Rate:
 
 
 def max_rate(
-    run: Callable[[float], Verdict], start: float, *, rtol: float = 0.02, highest: float = math.inf, max_runs: int = 40
-) -> Rate:
+    run: Callable[[float], Verdict], start: float, *, rtol: float = 0.02, highest: float = math.inf, max_runs: int = 40,
+    factor: float = 2.0,
+) -> Rate:  # fmt: skip
     """Return the highest rate at which ``run(rate)["is_met"]``, to a relative ``rtol``.
 
-    The rate doubles (or halves) from ``start`` until it is bracketed, then the bracket is cut in its geometric middle.
+    The rate grows (or shrinks) by ``factor`` from ``start`` until it is bracketed, then the bracket is cut in its
+    geometric middle.
     With the same traffic seed in every run, a higher rate is the same requests closer together.
 
     Raises:
@@ -57,14 +61,14 @@ def max_rate(
                 break
             rate = math.sqrt(good[0] * bad[0])
         elif good:
-            rate = min(rate * 2, highest)
+            rate = min(rate * factor, highest)
         else:
-            rate /= 2
+            rate /= factor
             if rate < start / 1000:
-                shown = ", ".join(f"{name} {value}" for name, value in verdict.items() if name != "is_met")
+                shown = ", ".join(f"{name} {verdict[name]:.4g}" for name in SHOWN if verdict.get(name) is not None)
                 raise CapacityError(
-                    f"slo: expected a level that some rate can keep; at {rate * 2:.3g} requests/s it is still broken "
-                    f"({shown}); loosen the level or choose a faster deployment"
+                    f"slo: expected a level that some rate can keep; at {rate * factor:.3g} requests/s it is still "
+                    f"broken ({shown}); loosen the level or choose a faster deployment"
                 )
     if good is None:
         raise CapacityError(f"slo: expected a rate that keeps the level; none of {runs} down to {rate:.3g} /s did")

@@ -13,6 +13,7 @@ from longcat_sim.capacity.samples import fast_figures
 from longcat_sim.capacity.screen import OBJECTIVES, Screened, Times
 from longcat_sim.capacity.sensitivity import tornado
 from longcat_sim.capacity.uncertainty import ScaledKinds
+from longcat_sim.ops.op import OpTimesLike
 from longcat_sim.specs.scenario import Scenario
 
 
@@ -38,13 +39,16 @@ def binding(
     candidate = screened.scenario(winner.at)
     elasticities = step_elasticities(candidate, op_times)
     strongest = max(elasticities, key=lambda name: elasticities[name], default="")
-    shown = ", ".join(
-        f"{name} {share:.0%}" for name, share in sorted(elasticities.items(), key=lambda i: -i[1]) if share >= 0.005
-    )
     return {
         "constraint": constraint, "resource": strongest, "step_time_shares": elasticities,
-        "sentence": f"{text}; a step's time goes with {shown}",
+        "sentence": f"{text}; a step's time goes with {time_goes_with(elasticities)}",
     }  # fmt: skip
+
+
+def time_goes_with(shares: Mapping[str, float]) -> str:
+    """Return shares in words, largest first."""
+    ranked = sorted(shares.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {share:.0%}" for name, share in ranked if share >= 0.005)
 
 
 RESOURCES: Mapping[str, Callable[[str], bool]] = {
@@ -55,11 +59,17 @@ RESOURCES: Mapping[str, Callable[[str], bool]] = {
 }
 
 
-def step_elasticities(candidate: Scenario, op_times: Times) -> dict[str, float]:
-    """Return by which share a step shortens per relative improvement of each resource, and of the expert products."""
+def step_elasticities(
+    candidate: Scenario, op_times: Times, step_s: Callable[[Scenario, OpTimesLike], float] | None = None
+) -> dict[str, float]:
+    """Return by which share a step shortens per relative improvement of each resource, and of the expert products.
+
+    ``step_s`` gives a step's seconds; the scenario's own decode step where it is not given.
+    """
+    seconds = step_s or (lambda of, times: fast_figures(of, times)["step_s"])
 
     def step(of: Scenario) -> dict[str, float]:
-        return {"step_s": fast_figures(of, op_times(of.hardware))["step_s"]}
+        return {"step_s": seconds(of, op_times(of.hardware))}
 
     known = {f"hardware.{name}" for name in candidate.hardware._figures()}
     wanted = [p for p in sorted(known) if any(is_of(p) for is_of in RESOURCES.values()) and "domain" not in p]
@@ -69,8 +79,8 @@ def step_elasticities(candidate: Scenario, op_times: Times) -> dict[str, float]:
             if is_of(swing.path) and swing.elasticity is not None:
                 shares[name] += swing.elasticity if swing.path.endswith("latency") else -swing.elasticity
     times = op_times(candidate.hardware)
-    slower = fast_figures(candidate, ScaledKinds(times, {"grouped_gemm": 1.1}))["step_s"]
-    shares["experts"] = (slower / fast_figures(candidate, times)["step_s"] - 1) / 0.1
+    slower = seconds(candidate, ScaledKinds(times, {"grouped_gemm": 1.1}))
+    shares["experts"] = (slower / seconds(candidate, times) - 1) / 0.1
     return {name: max(0.0, share) for name, share in shares.items()}
 
 
@@ -116,8 +126,15 @@ def fleet_rate(winner: Survivor, scenario: Scenario) -> dict[str, Any]:
     replicas = search.max_gpus // per_replica
     working = max(0, replicas - search.spare_replicas)
     per_gpu = winner.screened["sequences_per_gpu"] / winner.figure("tpot_s")
+    whole, figures = working * per_replica * winner.screened["sequences_per_gpu"], winner.figures or {}
+    interval = {
+        f"output_tokens_per_s_{at}": whole / figures[f"tpot_s_{other}"]
+        for at, other in (("p5", "p95"), ("p95", "p5"))
+        if f"tpot_s_{other}" in figures
+    }
     return {
-        "output_tokens_per_s": working * per_replica * per_gpu, "requests_per_s": None, "replicas": replicas,
+        "output_tokens_per_s": working * per_replica * per_gpu, **interval, "requests_per_s": None,
+        "replicas": replicas,
         "spare_replicas": search.spare_replicas, "num_gpus": replicas * per_replica,
-        "concurrent_users": working * per_replica * winner.screened["sequences_per_gpu"],
+        "concurrent_users": whole,
     }  # fmt: skip

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from longcat_sim.capacity.candidates import Rejected, Shape, kv_tokens, reason_of, search_of, shapes
+from longcat_sim.capacity.candidates import Rejected, Shape, kv_tokens, memory_at, reason_of, search_of, shapes
 from longcat_sim.capacity.price import MILLION, SECONDS_PER_HOUR
 from longcat_sim.capacity.screen import nothing_left
 from longcat_sim.capacity.traffic import Traffic
-from longcat_sim.errors import UserError
+from longcat_sim.errors import CapacityError, UserError
 from longcat_sim.ops.op import FloatArray
 from longcat_sim.specs.scenario import Scenario
 
@@ -101,6 +101,38 @@ def curve(shape: Shape, step: StepFn, traffic: Traffic) -> Curve:
     )  # fmt: skip
 
 
+def ttft_floor_s(scenario: Scenario, tokens: float) -> float:
+    """Return a bound below which no schedule brings a prompt of ``tokens`` through this deployment.
+
+    Its FLOP on all GPUs of the replica at their highest data-sheet peak, or one read of the weights that every step
+    reads (not the experts) at the full memory bandwidth.
+    """
+    hardware, deployment = scenario.hardware, scenario.deployment
+    flop = sum(scenario.model.flop_per_token((tokens + 1) / 2, phase="prefill").values()) * tokens
+    parts = memory_at(scenario, 1.0, 1.0).parts
+    read = parts["attention_weights"] + parts["dense_ffn_weights"]
+    return max(flop / (deployment.num_gpus * max(hardware.peak.values())), read / hardware.memory_bandwidth)
+
+
+def check_ttft_reachable(scenario: Scenario, kept: list[Shape], limit_s: float | None) -> None:
+    """Raise CapacityError if the level on the first token lies below the physical limit of every deployment."""
+    if limit_s is None or not kept:
+        return
+    serve = scenario.serve
+    assert serve is not None
+    tokens = 1.0  # a cached prompt computes one token; without a cache, enough requests must be within the level
+    if serve.workload.trace is None and serve.workload.sessions is None:
+        tokens = float(np.quantile(Traffic.of(scenario).inputs, search_of(scenario).attainment))
+    floor, label = min((ttft_floor_s(shape.scenario, tokens), shape.label) for shape in kept)
+    if limit_s < floor:
+        raise CapacityError(
+            f"{scenario.where}: serve.slo ttft: expected at least {floor * 1e3:.3g} ms, the time that {label} needs "
+            f"for a prompt of {tokens:,.0f} tokens at its data-sheet speed "
+            f"({search_of(scenario).attainment:.0%} of the prompts are no longer); got {limit_s * 1e3:.3g} ms; "
+            "loosen the level, or search larger or faster replicas"
+        )
+
+
 def screen_fleets(scenario: Scenario, step_function: StepFunctionOf) -> ScreenedFleets:
     """Return every fleet of the scenario's search that memory and ``max_gpus`` allow and that carries the traffic.
 
@@ -141,7 +173,8 @@ def _figures(
     tokens_per_hour = traffic.requests_per_s * traffic.output_tokens * SECONDS_PER_HOUR
     return {
         "usd_per_million_output_tokens_all_in": usd_per_hour / tokens_per_hour * MILLION, "tpot_s": tpot_s,
-        "ttft_s": ttft_s, "tokens_per_s_per_user": 1 / tpot_s, "num_gpus": num_gpus, **more,
+        "ttft_s": ttft_s, "tokens_per_s_per_user": 1 / tpot_s, "num_gpus": num_gpus, "usd_per_hour": usd_per_hour,
+        **more,
     }  # fmt: skip
 
 

@@ -218,8 +218,8 @@ def check_draws(draws: int, wanted: float, where: str) -> None:
     if draws > 1 and chance_of(draws, draws) < wanted:
         least = math.ceil((wanted - 0.5) / (1 - wanted) - 1e-9)
         raise CapacityError(
-            f"{where}: search.probability: expected at most {chance_of(draws, draws):.3f}, which {draws} draws can show "
-            f"when all keep the level; got {wanted:g}; ask for less, or set draws: {least}"
+            f"{where}: search.probability: expected at most {chance_of(draws, draws):.3f}, which {draws} draws can "
+            f"show when all keep the level; got {wanted:g}; ask for less, or set draws: {least}"
         )
 
 

@@ -50,8 +50,8 @@ def serving_panel(scenario: Scenario, *, points: int = 8, requests: int = 600) -
         CapacityError: a scenario without shared replicas and a synthetic workload with a rate.
     """
     from longcat_sim.capacity.candidates import Shape
-    from longcat_sim.studies.capacity_serving import simulate_fleet, tpot_and_ttft_limits
     from longcat_sim.studies.engines import StepFunction
+    from longcat_sim.studies.fleet_figures import simulate_fleet, ttft_and_tpot_limits
 
     serve = scenario.serve
     if serve is None or serve.is_disaggregated or serve.workload.arrivals is None:
@@ -67,7 +67,7 @@ def serving_panel(scenario: Scenario, *, points: int = 8, requests: int = 600) -
         of = scenario.what_if({"serve.replicas": 1, "serve.workload.arrivals.rate": ParsedFloat(rate)})
         return simulate_fleet(of, most_requests=requests)
 
-    ttft, tpot = tpot_and_ttft_limits(scenario)
+    ttft, tpot = ttft_and_tpot_limits(scenario)
     return ServingPanel(
         run, [float(rate) for rate in np.linspace(0.1, 0.95, points) * top], replicas=serve.replicas,
         gpus_per_replica=scenario.deployment.num_gpus, usd_per_gpu_hour=scenario.usd_per_gpu_hour,

@@ -10,8 +10,9 @@ from longcat_sim.capacity.screen_serving import screen_fleets
 from longcat_sim.capacity.traffic import Traffic
 from longcat_sim.errors import CapacityError
 from longcat_sim.specs.scenario import Scenario, scenario
-from longcat_sim.studies.capacity_serving import assess_fleet, highest_rate, is_met, serving_capacity, simulate_fleet
+from longcat_sim.studies.capacity_serving import serving_capacity
 from longcat_sim.studies.engines import StepFunction
+from longcat_sim.studies.fleet_figures import assess_fleet, highest_rate, is_met, simulate_fleet
 
 DOCUMENT = {
     "model": "llama-3.1-8b", "hardware": "h100-sxm",
@@ -64,7 +65,7 @@ def test_sessions_compute_only_what_is_new(base: Scenario) -> None:
 def test_the_bill_of_a_fleet_is_its_gpus(base: Scenario) -> None:
     screened = screen_fleets(base, steps)
     row = screened.row(0)
-    assert row["usd_per_million_output_tokens"] == pytest.approx(row["num_gpus"] * 2.0 / (40 * 200 * 3600) * 1e6)
+    assert row["usd_per_million_output_tokens_all_in"] == pytest.approx(row["num_gpus"] * 2.0 / (40 * 200 * 3600) * 1e6)
     assert len(screened.labels) + sum(screened.rejected.counts.values()) == screened.looked_at
     single = [(c["serve.replicas"], i) for i, c in enumerate(screened.changes) if c["deployment.num_gpus"] == 1]
     one = dict(single)
@@ -100,3 +101,15 @@ def test_the_winner_keeps_its_level_and_one_replica_less_does_not(base: Scenario
         serving_capacity(
             base.what_if({"search.max_gpus": 2, "serve.slo": [{"name": "d", "tpot": "6 ms", "ttft": "1 s"}]})
         )
+
+
+def test_a_first_token_below_the_physical_limit_says_the_limit(base: Scenario) -> None:
+    """500 tokens of 8 B parameters on 2 GPUs at 1,979 TFLOP/s of fp8: 2.02 ms; or 14 GB of weights on 2 x 3.35 TB/s."""
+    slo = [{"name": "d", "ttft": "1 ms", "tpot": "25 ms"}]
+    with pytest.raises(CapacityError, match=r"ttft: expected at least [\d.]+ ms, .*prompt of 500 tokens.*got 1 ms"):
+        serving_capacity(base.what_if({"serve.slo": slo}))
+
+
+def test_a_probability_that_the_draws_cannot_show_says_how_many_can(base: Scenario) -> None:
+    with pytest.raises(CapacityError, match=r"at most 0\.900, which 4 draws .*got 0\.95; .*set draws: 9"):
+        serving_capacity(base.what_if({"search.probability": 0.95, "draws": 4}))

@@ -53,7 +53,7 @@ def two_ranks(model: str) -> Section:
     section = ranks.run(
         model=model,
         shapes=(ranks.Shape(1, 48), ranks.Shape(1, 48, 1.0), ranks.Shape(2, 40, 0.5)),
-        fit_shapes=(ranks.Shape(1, 64),), blocks=2, repeats=6, attempts=1,
+        fit_shapes=(ranks.Shape(1, 64),), blocks=2, repeats=6, attempts=1, more_shapes=(),
     )  # fmt: skip
     section.name, section.title = "check-3-ranks", "Check 3: two real ranks, overlap off (none) and on (sbo)"
     return section

@@ -41,11 +41,15 @@ class Shape:
         return f"{self.batch}x{self.queries} tokens, {link}"
 
 
-FIT_SHAPES = (Shape(2, 96), Shape(4, 64))
+MODEL = "longcat-cpu-64e"
+FIT_SHAPES = (Shape(1, 64), Shape(2, 48))
 SHAPES = (
-    Shape(3, 64), Shape(2, 128), Shape(6, 48), Shape(3, 64, 0.5), Shape(3, 64, 1.0), Shape(3, 64, 2.0),
-    Shape(2, 112, 1.0),
+    Shape(1, 48), Shape(1, 80), Shape(2, 40), Shape(1, 48, 0.5), Shape(1, 48, 1.0), Shape(1, 48, 2.0),
+    Shape(2, 56, 1.0),
 )  # fmt: skip
+MORE_RANKS = 4
+MORE_RANKS_SHAPES = (Shape(1, 48), Shape(1, 48, 1.0))
+"""With more ranks than cores: reported, with a wider limit."""
 
 
 @dataclass(frozen=True)
@@ -201,65 +205,108 @@ def predict(block: Block, name: str, layers: int, ranks: int, beside: Beside) ->
     return LaneEngine(Program(items, lanes, order, seconds, 1, ranks), law).run().step_s
 
 
+@dataclass(frozen=True)
+class Case:
+    """One shape: measured and predicted seconds by schedule, and how far its blocks lie apart."""
+
+    measured: Mapping[str, float]
+    predicted: Mapping[str, float]
+    spread: Mapping[str, float]
+    """Median deviation of a block from the median block."""
+    is_stable: bool
+
+    @property
+    def ratio_error(self) -> float:
+        """Predicted less measured ratio of ``sbo`` to ``none``."""
+        return self.predicted["sbo"] / self.predicted["none"] - self.measured["sbo"] / self.measured["none"]
+
+
+def run_case(
+    spec: ModelSpec, shape: Shape, beside: Beside, per_token_s: float, *, blocks: int, repeats: int, num_ranks: int,
+    attempts: int,
+) -> Case:  # fmt: skip
+    """Measure a shape until its calibrations agree, and predict each block from the parts of the one before it."""
+    pace_s = None
+    if shape.pace is not None:
+        pace_s = shape.pace * per_token_s * shape.batch * shape.queries / (2 * spec.num_layers)
+        # a paced link waits without the processor: only its own copies cost, which its time alone holds
+        beside = Beside(1.0, 1.0, beside.plan_s)
+    taken: list[Block] = []
+    is_stable = False
+    for _attempt in range(attempts):
+        taken = [
+            measure(spec, shape, repeats=repeats, num_ranks=num_ranks, pace_s=pace_s) for _ in range(max(2, blocks))
+        ]
+        calibrations = [block.seconds["compute"] for block in taken]
+        is_stable = max(calibrations) / min(calibrations) - 1 <= UNSTABLE
+        if is_stable:
+            break
+    found = {m: float(np.median([block.seconds[m] for block in taken])) for m in MODES}
+    return Case(
+        measured=found,
+        predicted={
+            m: float(np.median([predict(block, m, spec.num_layers, num_ranks, beside) for block in taken[:-1]]))
+            for m in MODES
+        },
+        spread={m: float(np.median([abs(block.seconds[m] / found[m] - 1) for block in taken])) for m in MODES},
+        is_stable=is_stable,
+    )
+
+
+def _rows(name: str, case: Case, worst: float) -> list[Row]:
+    """Return the rows of one case; ``worst`` is the limit of a span where its blocks agree."""
+    rows = [
+        Row(
+            f"{name}: {mode}", "ms", case.predicted[mode] * 1e3, case.measured[mode] * 1e3,
+            limit=max(worst, 3 * case.spread[mode]),
+            note=f"spread {case.spread[mode]:.1%}" + ("" if case.is_stable else ", unstable"),
+        )
+        for mode in MODES
+    ]  # fmt: skip
+    measured = case.measured["sbo"] / case.measured["none"]
+    rows.append(
+        Row(f"{name}: sbo over none", "", measured + case.ratio_error, measured, error=case.ratio_error, limit=0.08,
+            note="error is a difference")
+    )  # fmt: skip
+    return rows
+
+
 def run(
-    *, model: str = "longcat-tiny", shapes: Sequence[Shape] = SHAPES, fit_shapes: Sequence[Shape] = FIT_SHAPES,
-    blocks: int = 3, repeats: int = 20, num_ranks: int = 2, attempts: int = ATTEMPTS, **_: Any,
+    *, model: str = MODEL, shapes: Sequence[Shape] = SHAPES, fit_shapes: Sequence[Shape] = FIT_SHAPES,
+    blocks: int = 3, repeats: int = 20, num_ranks: int = 2, attempts: int = ATTEMPTS,
+    more_shapes: Sequence[Shape] = MORE_RANKS_SHAPES,
 ) -> Section:  # fmt: skip
     """Return the section: spans and the paired ratio of sbo to none, with the spread between blocks."""
     spec = model_spec(model)
     section = Section("ranks", f"{num_ranks} real gloo ranks of {model}: none and sbo, predicted and measured")
-    fitted = [measure(spec, shape, repeats=repeats, num_ranks=num_ranks) for shape in fit_shapes]
-    by_gloo = fit_beside(fitted)
-    alone_s = {
-        shape.batch * shape.queries: block.seconds["compute"] for shape, block in zip(fit_shapes, fitted, strict=True)
-    }
-    per_token = float(np.median([seconds / tokens for tokens, seconds in alone_s.items()]))
-    unstable = 0
-    span_errors: list[float] = []
-    ratio_errors: list[float] = []
-    for shape in shapes:
-        pace_s = None
-        if shape.pace is not None:
-            pace_s = shape.pace * per_token * shape.batch * shape.queries / (2 * spec.num_layers)
-        taken: list[Block] = []
-        for _attempt in range(attempts):
-            taken = [
-                measure(spec, shape, repeats=repeats, num_ranks=num_ranks, pace_s=pace_s) for _ in range(max(2, blocks))
-            ]
-            calibrations = [block.seconds["compute"] for block in taken]
-            if max(calibrations) / min(calibrations) - 1 <= UNSTABLE:
-                break
-        else:
-            unstable += 1
-        # a paced link waits without the processor: only its own copies cost, which its time alone holds
-        beside = by_gloo if shape.pace is None else Beside(1.0, 1.0, by_gloo.plan_s)
-        found = {m: float(np.median([block.seconds[m] for block in taken])) for m in MODES}
-        # each block is predicted from the parts of the block before it, so that calibration and validation alternate
-        pairs = [(taken[i - 1], taken[i]) for i in range(1, len(taken))]
-        guessed = {
-            m: float(np.median([predict(a, m, spec.num_layers, num_ranks, beside) for a, _b in pairs])) for m in MODES
-        }
-        spread = {m: float(np.median([abs(block.seconds[m] / found[m] - 1) for block in taken])) for m in MODES}
-        for mode in MODES:
-            limit = max(0.12, 3 * spread[mode])
-            row = Row(
-                f"{shape}: {mode}", "ms", guessed[mode] * 1e3, found[mode] * 1e3, limit=limit,
-                note=f"spread {spread[mode]:.1%}",
-            )  # fmt: skip
-            section.rows.append(row)
-            span_errors.append(abs(row.error or 0.0))
-        ratio, predicted = found["sbo"] / found["none"], guessed["sbo"] / guessed["none"]
-        ratio_errors.append(abs(predicted - ratio))
-        section.rows.append(
-            Row(f"{shape}: sbo over none", "", predicted, ratio, error=predicted - ratio, limit=0.08,
-                note="error is a difference")
-        )  # fmt: skip
-    for name, values, limit in (("span", span_errors, 0.05), ("sbo over none", ratio_errors, 0.03)):
+    settings: dict[str, int] = {"blocks": blocks, "repeats": repeats, "attempts": attempts}
+
+    def fitted(ranks: int) -> tuple[Beside, float]:
+        found = [measure(spec, shape, repeats=repeats, num_ranks=ranks) for shape in fit_shapes]
+        per_token = [b.seconds["compute"] / (s.batch * s.queries) for s, b in zip(fit_shapes, found, strict=True)]
+        return fit_beside(found), float(np.median(per_token))
+
+    beside, per_token_s = fitted(num_ranks)
+    cases = [run_case(spec, shape, beside, per_token_s, num_ranks=num_ranks, **settings) for shape in shapes]
+    for shape, case in zip(shapes, cases, strict=True):
+        section.rows += _rows(str(shape), case, 0.12)
+    errors = [abs(case.predicted[m] / case.measured[m] - 1) for case in cases for m in MODES]
+    spread = float(np.median([case.spread[m] for case in cases for m in MODES]))
+    for name, values, limit in (
+        ("span", errors, max(0.05, 1.5 * spread)),
+        ("sbo over none", [abs(case.ratio_error) for case in cases], 0.03),
+    ):
         middle = float(np.median(values))
         section.rows.append(Row(f"median |error| of {name}", "", middle, error=middle, limit=limit))
     section.notes.append(
-        f"beside each other (fitted on {', '.join(map(str, fit_shapes))}): compute runs at {by_gloo.compute_rate:.2f}, "
-        f"gloo exchanges at {by_gloo.exchange_rate:.2f} of their speed alone; counts take {by_gloo.plan_s * 1e3:.2f} ms"
+        f"beside each other (fitted on {', '.join(map(str, fit_shapes))}): compute runs at {beside.compute_rate:.2f}, "
+        f"gloo exchanges at {beside.exchange_rate:.2f} of their speed alone; counts take {beside.plan_s * 1e3:.2f} ms"
     )
+    unstable = sum(not case.is_stable for case in cases)
     section.notes.append(f"{unstable} of {len(shapes)} cases stayed unstable (calibrations {UNSTABLE:.0%} apart)")
+    if more_shapes:
+        beside, per_token_s = fitted(MORE_RANKS)
+        for shape in more_shapes:
+            case = run_case(spec, shape, beside, per_token_s, num_ranks=MORE_RANKS, **settings)
+            section.rows += _rows(f"{MORE_RANKS} ranks, {shape}", case, 0.15)
     return section

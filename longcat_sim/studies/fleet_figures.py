@@ -1,0 +1,224 @@
+"""A fleet's figures under traffic: one short run, its spread over draws, its service level, and its highest rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from longcat_sim.capacity.candidates import search_of
+from longcat_sim.capacity.fleet import Rate, max_rate
+from longcat_sim.capacity.traffic import Traffic
+from longcat_sim.capacity.uncertainty import chance_of
+from longcat_sim.errors import CapacityError
+from longcat_sim.simulation.serving.simulate import ServingResult
+from longcat_sim.specs.base import ParsedFloat
+from longcat_sim.specs.scenario import Scenario
+from longcat_sim.studies.engines import pools_of
+from longcat_sim.studies.served import serve_once
+
+MOST_REQUESTS = 4000
+"""Requests that one candidate serves: enough for a 99th percentile, few enough for fifty candidates."""
+RATE_REQUESTS = 2000
+MOST_RATE_DRAWS = 8
+"""Draws in which the highest rate is sought anew: each takes about five runs."""
+RATE_STEP = 1.25
+SPREAD = (
+    "usd_per_million_output_tokens", "usd_per_million_output_tokens_all_in", "usd_per_million_input_tokens",
+    "usd_per_million_cached_input_tokens", "tpot_s", "tpot_p99_s", "ttft_s", "ttft_p99_s", "attained",
+)  # fmt: skip
+
+
+def fleet_size(scenario: Scenario, pool: str) -> int:
+    """Return the replicas of a pool."""
+    serve = scenario.serve
+    assert serve is not None
+    one = {"prefill": serve.prefill, "decode": serve.decode}.get(pool)
+    return one.replicas if one is not None else serve.replicas
+
+
+def _shortened(scenario: Scenario, most_requests: int) -> Scenario:
+    """Return the scenario with its first ``most_requests`` requests alone; where that cuts it, an eighth of them or
+    more are to warm up, and a quarter at most."""
+    serve = scenario.serve
+    assert serve is not None
+    workload = serve.workload
+    asked, rate = workload.num_requests, workload.arrivals.rate if workload.arrivals is not None else None
+    if asked is None and rate is not None and workload.duration is not None and not workload.sessions:
+        asked = int(rate * workload.duration) + 1
+    if asked is not None and asked <= most_requests:
+        return scenario
+    changes: dict[str, Any] = {"serve.workload.num_requests": most_requests}
+    if rate is not None:
+        quarter_s = most_requests / rate / 4
+        changes["serve.workload.warm_up"] = ParsedFloat(max(min(workload.warm_up, quarter_s), quarter_s / 2))
+    return scenario.what_if(changes)
+
+
+def simulate_fleet(
+    scenario: Scenario, *, draw: int = 0, most_requests: int = MOST_REQUESTS, is_priced: bool = True
+) -> dict[str, Any]:
+    """Return the figures of a fleet that serves the first ``most_requests`` of its traffic.
+
+    ``draw`` 0 is the fit and the scenario's seed, another a draw of calibration, traffic and model error. Prices are
+    those that ``simulate`` prints.
+    """
+    short = _shortened(scenario, most_requests)
+    run, got = serve_once(short, draw, is_priced=is_priced)
+    attained = [level["attained_ratio"] for level in got["slo"].values() if level["attained_ratio"] is not None]
+    mean = {name: (got[name] or {}) for name in ("ttft_s", "tpot_s", "e2e_s")}
+    complete = got["completed"] / max(1, got["requests"])
+    tpot = mean["tpot_s"].get("mean")
+    pools = pools_of(short, short.serve)  # type: ignore[arg-type]
+    return {
+        **{name: got[name] for name in got if name.startswith("usd_per_million")},
+        "tpot_s": tpot, "tpot_p99_s": mean["tpot_s"].get("p99"), "ttft_s": mean["ttft_s"].get("mean"),
+        "ttft_p99_s": mean["ttft_s"].get("p99"), "e2e_s": mean["e2e_s"].get("mean"),
+        "tokens_per_s_per_user": 1 / tpot if tpot else None, "attained": min(attained, default=0.0) * complete,
+        "completed_ratio": complete, **_missed(run), "unstable": bool(got["unstable"]),
+        "num_gpus": float(sum(fleet_size(short, name) * part.deployment.num_gpus for name, part in pools.items())),
+        "extrapolated": bool(got["extrapolated"]), "preemptions": float(got["preemptions"]),
+        "mean_decode_batch": _decode_batch(run),
+    }  # fmt: skip
+
+
+def _missed(run: ServingResult) -> dict[str, float]:
+    """Return the largest share over classes of counted requests that came too late, by part of the level."""
+    columns = run.records
+    arrival, first, last = (columns.numpy(name) for name in ("arrival", "first", "last"))
+    outputs, of_class = columns.numpy("output"), columns.numpy("slo_class")
+    done = (columns.numpy("status") == 1) & (arrival >= round(run.serve.workload.warm_up * 1e9))
+    missed = {"missed_ttft": 0.0, "missed_tpot": 0.0, "missed_e2e": 0.0}
+    for at, level in enumerate(run.serve.slo):
+        mine = done & (of_class == at)
+        if not mine.any():
+            continue
+        for name, limit, late in (
+            ("missed_ttft", level.ttft, first - arrival), ("missed_e2e", level.e2e, last - arrival),
+            ("missed_tpot", level.tpot, (last - first) / np.maximum(outputs - 1, 1)),
+        ):  # fmt: skip
+            if limit is not None:
+                missed[name] = max(missed[name], float((late[mine] > limit * 1e9).mean()))
+    return missed
+
+
+def _decode_batch(run: ServingResult) -> float:
+    """Return the mean number of sequences that one replica decodes at once, by Little's law over the whole run."""
+    columns = run.records
+    done = columns.numpy("status") == 1
+    arrival = columns.numpy("arrival")[done]
+    if not len(arrival):
+        return 0.0
+    pool = run.pools.get("decode") or run.pools["shared"]
+    decoding = (columns.numpy("last") - columns.numpy("first"))[done].astype(float)
+    span = max(float(arrival.max() - arrival.min()), float(decoding.max()), 1.0)
+    return float(decoding.sum()) / span / pool.num_replicas
+
+
+def is_met(figures: Mapping[str, Any], scenario: Scenario) -> bool:
+    """Whether a run kept the service level: enough requests of the worst class within it, and a stable queue."""
+    return not figures["unstable"] and figures["attained"] >= search_of(scenario).attainment
+
+
+def _drawn(scenario: Scenario, draw: int) -> dict[str, Any]:
+    return simulate_fleet(scenario, draw=draw)
+
+
+def spread_of(rows: Iterable[Mapping[str, Any]], names: Iterable[str] = SPREAD) -> dict[str, float]:
+    """Return ``name_p5`` and ``name_p95`` of each figure over draws; those that some draw lacks are left out."""
+    rows = list(rows)
+    figures: dict[str, float] = {}
+    for name in names:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if rows and len(values) == len(rows):
+            low, high = np.quantile(values, (0.05, 0.95))
+            figures |= {f"{name}_p5": float(low), f"{name}_p95": float(high)}
+    return figures
+
+
+def assess_fleet(scenario: Scenario, executor: Executor | None = None) -> dict[str, Any]:
+    """Return a fleet's figures with intervals over the scenario's draws, and the chance of its level.
+
+    With one draw there is a point and neither: ``probability`` is None.
+    """
+    figures = simulate_fleet(scenario)
+    if scenario.draws == 1:
+        return {**figures, "probability": None}
+    draws = range(1, scenario.draws + 1)
+    one = partial(_drawn, scenario)
+    rows = list(executor.map(one, draws) if executor is not None else map(one, draws))
+    met = sum(is_met(row, scenario) for row in rows)
+    return {**figures, **spread_of(rows), "probability": chance_of(met, len(rows))}
+
+
+def _rate_in_draw(scenario: Scenario, rtol: float, start: float, draw: int, factor: float = 2.0) -> Rate:
+    """Return the highest rate in one draw."""
+    serve = scenario.serve
+    assert serve is not None
+    rate = Traffic.of(scenario).requests_per_s
+    is_trace = serve.workload.trace is not None
+
+    def run(at: float) -> dict[str, Any]:
+        key = "serve.workload.time_scale" if is_trace else "serve.workload.arrivals.rate"
+        now = serve.workload.time_scale if is_trace else serve.workload.arrivals.rate  # type: ignore[union-attr]
+        of = scenario.what_if({key: now * at / rate if is_trace else ParsedFloat(now * at / rate)})  # type: ignore[operator]
+        figures = simulate_fleet(of, draw=draw, most_requests=RATE_REQUESTS, is_priced=False)
+        return {**figures, "is_met": is_met(figures, scenario)}
+
+    return max_rate(run, start, rtol=rtol, factor=factor)
+
+
+def highest_rate(scenario: Scenario, executor: Executor | None = None, *, rtol: float = 0.05) -> dict[str, Any]:
+    """Return the highest rate of the scenario's traffic that its fleet serves within the level, its interval over
+    draws, and what breaks just above it.
+
+    Raises:
+        CapacityError: no rate keeps it, or the workload has none.
+    """
+    found = _rate_in_draw(scenario, rtol, Traffic.of(scenario).requests_per_s, 0)
+    interval: dict[str, float] = {}
+    if scenario.draws > 1:
+        one = partial(_rate_or_none, scenario, rtol, found.requests_per_s)
+        draws = range(1, min(scenario.draws, MOST_RATE_DRAWS) + 1)
+        rates = list(executor.map(one, draws) if executor is not None else map(one, draws))
+        low, high = np.quantile([rate or 0.0 for rate in rates], (0.05, 0.95))
+        interval = {"requests_per_s_p5": float(low), "requests_per_s_p95": float(high)}
+    above = found.above or {}
+    allowed = 1 - search_of(scenario).attainment
+    late = {name: above.get(f"missed_{name}", 0.0) for name in ("ttft", "tpot", "e2e")}
+    worst = max(late, key=lambda name: late[name])
+    if not above:
+        broken, said = "nothing", "no rate that was tried breaks it"
+    elif above["unstable"]:
+        broken, said = "an unstable queue", "the queue grows without bound"
+    elif late[worst] > 0:
+        broken = worst
+        said = f"{late[worst]:.0%} of the requests of a class exceed its {worst.upper()} ({allowed:.0%} may)"
+    else:
+        broken, said = "rejected requests", f"{1 - above['completed_ratio']:.0%} of the requests are not completed"
+    at = found.at_rate
+    return {
+        "requests_per_s": found.requests_per_s, **interval, "broken_at_requests_per_s": found.above_requests_per_s,
+        "broken_by": broken, "broken_how": said, "attained": at["attained"], "runs": found.runs,
+        "concurrent_users": found.requests_per_s * at["e2e_s"], "mean_decode_batch": at["mean_decode_batch"],
+        "preemptions_above": above.get("preemptions", 0.0),
+    }  # fmt: skip
+
+
+def _rate_or_none(scenario: Scenario, rtol: float, start: float, draw: int) -> float | None:
+    """Return a draw's highest rate; None where none keeps the level."""
+    try:
+        return _rate_in_draw(scenario, rtol, start, draw, RATE_STEP).requests_per_s
+    except CapacityError:
+        return None
+
+
+def ttft_and_tpot_limits(scenario: Scenario) -> tuple[float | None, float | None]:
+    """Return the strictest TTFT and TPOT of the classes."""
+    assert scenario.serve is not None
+    ttft = [level.ttft for level in scenario.serve.slo if level.ttft is not None]
+    tpot = [level.tpot for level in scenario.serve.slo if level.tpot is not None]
+    return min(ttft, default=None), min(tpot, default=None)

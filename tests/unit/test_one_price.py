@@ -1,0 +1,132 @@
+"""One price: ``simulate`` and ``capacity`` print the same USD for the same fleet and load, and its lines add up."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from longcat_sim.capacity.price import paid_window
+from longcat_sim.cli import main
+from longcat_sim.specs.scenario import Scenario, scenario
+from longcat_sim.studies.fleet_figures import assess_fleet, simulate_fleet
+from longcat_sim.studies.served import serve_once
+from longcat_sim.studies.simulate import simulate
+
+SHARED = {
+    "model": "llama-3.1-8b", "hardware": "h100-sxm",
+    "deployment": {"num_gpus": 1, "precision": {"weights": "bf16", "attention": "bf16", "kv_cache": "bf16"}},
+    "serve": {
+        "workload": {
+            "arrivals": {"process": "poisson", "rate": "30 /s"}, "num_requests": 1200, "warm_up": "5 s",
+            "input_tokens": {"distribution": "exponential", "mean": 500},
+            "output_tokens": {"distribution": "exponential", "mean": 200},
+        },
+        "replicas": 2, "scheduler": {"max_num_seqs": 256, "max_num_batched_tokens": 2048},
+        "slo": [{"name": "default", "ttft": "1 s", "tpot": "25 ms"}],
+    },
+    "search": {"num_gpus": [1], "max_gpus": 2, "survivors": 2},
+    "price": {"usd_per_gpu_hour": 2.5}, "draws": 3,
+}  # fmt: skip
+PRICES = (
+    "usd_per_million_input_tokens", "usd_per_million_output_tokens", "usd_per_million_output_tokens_all_in",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["shared", "split"])
+def fleet(request: pytest.FixtureRequest) -> Scenario:
+    base = scenario(SHARED)
+    if request.param == "shared":
+        return base
+    return base.what_if(
+        {
+            "serve.replicas": 1, "serve.prefill": {"replicas": 1},
+            "serve.decode": {"replicas": 2, "hardware": "h200-sxm"},
+            "price": {"hardware_usd_per_gpu_hour": {"h100-sxm": 2.5, "h200-sxm": 4.0}},
+        }
+    )  # fmt: skip
+
+
+def test_both_commands_print_one_price(fleet: Scenario) -> None:
+    simulated, searched = simulate(fleet), assess_fleet(fleet)
+    for name in PRICES:
+        assert searched[name] == pytest.approx(simulated[name], rel=1e-12)
+        assert simulated.intervals is not None  # type: ignore[union-attr]
+        assert searched[f"{name}_p5"] == pytest.approx(simulated.intervals[name]["p5"], rel=1e-9)  # type: ignore[union-attr]
+
+
+def test_lines_and_tokens_add_up_to_gpu_hours_times_price(fleet: Scenario) -> None:
+    _, got = serve_once(fleet)
+    prices = {"shared": 2.5, "prefill": 2.5, "decode": 4.0}
+    paid = sum(hours * prices[pool] for pool, hours in got["gpu_hours_by_pool"].items())
+    lines = got["bill_usd"]
+    assert sum(usd for name, usd in lines.items() if name != "total") == pytest.approx(paid, rel=1e-9)
+    assert min(lines.values()) >= 0
+    # the printed prices of the printed tokens are the whole bill: warm-up tokens are in neither
+    by_tokens = got["usd_per_million_output_tokens"] * got["output_tokens"]
+    by_tokens += got["usd_per_million_input_tokens"] * got["uncached_input_tokens"]
+    if got["cached_input_tokens"]:
+        by_tokens += got["usd_per_million_cached_input_tokens"] * got["cached_input_tokens"]
+    assert by_tokens / 1e6 == pytest.approx(paid, rel=1e-9)
+    assert got["usd_per_million_output_tokens_all_in"] * got["output_tokens"] / 1e6 == pytest.approx(paid, rel=1e-9)
+
+
+def test_gpu_hours_cover_the_window_of_the_tokens(fleet: Scenario) -> None:
+    """A fixed fleet is paid from the warm-up's end to the last arrival: near 1200 / 30 - 5 s."""
+    _, got = serve_once(fleet)
+    start, end = got["paid_window_s"]
+    assert start == 5.0
+    assert end == pytest.approx(40, abs=5)
+    gpus = {"shared": 2, "prefill": 1, "decode": 2}
+    for pool, hours in got["gpu_hours_by_pool"].items():
+        assert hours == pytest.approx(gpus[pool] * (end - start) / 3600, rel=1e-9)
+        assert got["busy_s_by_pool"][pool] + got["idle_s_by_pool"][pool] == pytest.approx(hours * 3600, rel=1e-9)
+
+
+def test_the_price_is_that_of_the_load_whatever_the_length_of_the_run(fleet: Scenario) -> None:
+    """Fleet USD per second over output tokens per second asked for, within the noise of 200 x exponential lengths."""
+    usd_per_s = sum(
+        gpus * price for gpus, price in (((2, 2.5),) if fleet.serve.prefill is None else ((1, 2.5), (2, 4.0)))  # type: ignore[union-attr]
+    ) / 3600  # fmt: skip
+    expected = usd_per_s / (30 * 200) * 1e6
+    for requests in (600, 1200, 2400):
+        got = simulate_fleet(fleet.what_if({"serve.workload.num_requests": requests}))
+        assert got["usd_per_million_output_tokens_all_in"] == pytest.approx(expected, rel=0.15), requests
+
+
+def test_a_fleet_that_cannot_keep_up_is_paid_until_it_is_done() -> None:
+    crowded = scenario(SHARED, {"serve.workload.arrivals.rate": "400 /s", "serve.workload.warm_up": "0 s"})
+    run, got = serve_once(crowded)
+    assert got["paid_window_s"][1] == pytest.approx(float(run.records.numpy("last").max()) * 1e-9)
+    assert got["bill_usd"]["idle"] >= 0
+
+
+def test_a_window_ends_with_the_last_arrival_only_in_a_steady_state() -> None:
+    arrival, last = np.arange(0.0, 100.0), np.arange(0.0, 100.0) + 10
+    assert paid_window(arrival, last) == (0.0, 99.0)
+    assert paid_window(arrival, last, warm_up_s=20.0) == (20.0, 99.0)
+    assert paid_window(arrival, last, is_unstable=True) == (0.0, 109.0)
+    assert paid_window(np.zeros(5), np.full(5, 3.0)) == (0.0, 3.0)  # a batch: there is no rate to price
+    assert paid_window(np.empty(0), np.empty(0), warm_up_s=2.0) == (2.0, 2.0)
+
+
+def test_the_search_prints_the_price_that_simulate_prints(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    import yaml
+
+    path = tmp_path / "fleet.yaml"
+    path.write_text(yaml.safe_dump({**SHARED, "draws": 1}))
+    found = []
+    for verb in (["capacity", str(path), "--processes", "1"], ["simulate", str(path)]):
+        with pytest.raises(SystemExit) as done:
+            main([*verb, "--json"])
+        assert not done.value.code
+        found.append(json.loads(capsys.readouterr().out))
+    capacity, simulated = found
+    assert capacity["winner"]["changes"]["serve.replicas"] in (1, 2)
+    if capacity["winner"]["changes"]["serve.replicas"] != 2:
+        with pytest.raises(SystemExit):
+            main(["simulate", str(path), "--json", "--set", "serve.replicas=1"])
+        simulated = json.loads(capsys.readouterr().out)
+    for name in PRICES:
+        assert capacity["winner"]["simulated"][name] == pytest.approx(simulated[name], rel=1e-12)
