@@ -171,6 +171,31 @@ def draw_loads(
     return LayerLoad(sent, received, active, sent / known.mean * spread)
 
 
+def draw_contexts(
+    mean: float, spread: float, sequences: float, *, ranks: int, tp_size: int = 1, draws: int = 1, seed: int = 0
+) -> FloatArray:
+    """Return the mean context of each rank's sequences [1, draws, ranks]; ranks of one tensor-parallel group share them.
+
+    Contexts are gamma distributed with coefficient of variation ``spread``, so the mean of ``sequences`` of them is too.
+    """
+    shape = sequences / spread**2
+    rng = np.random.default_rng((seed, 4))
+    own = rng.gamma(shape, mean / shape, (1, draws, -(-ranks // tp_size)))
+    return np.repeat(own, tp_size, axis=2)[:, :, :ranks]
+
+
+def busiest_context(spread: float, sequences: FloatArray, ranks: int) -> FloatArray:
+    """Return the expected mean context of the rank with the longest ones, over the mean [points, 1].
+
+    Source: G. Blom, Statistical Estimates and Transformed Beta-Variables, 1958 (expected largest of n draws as the
+    quantile (n - 3/8) / (n + 1/4)).
+    """
+    from scipy.stats import gamma
+
+    shape = np.asarray(sequences, dtype=float) / spread**2
+    return np.asarray(gamma.ppf((ranks - 0.375) / (ranks + 0.25), shape) / shape)
+
+
 def typical_load(
     model: ModelSpec, deployment: Deployment, routing: Routing, tokens_per_rank: FloatArray, *, seed: int = 0,
     domain: int = 8, samples: int = 64, trace: RoutingTrace | None = None,

@@ -23,10 +23,11 @@ from longcat_sim.records.span import Span
 from longcat_sim.simulation.account import Account, account
 from longcat_sim.simulation.contention import ContentionLaw, MeasuredLaw, contention_law
 from longcat_sim.simulation.lanes import LaneEngine, Timeline
-from longcat_sim.simulation.load import draw_loads, typical_load
+from longcat_sim.simulation.load import busiest_context, draw_contexts, draw_loads, typical_load
 from longcat_sim.simulation.network import check_topology
 from longcat_sim.simulation.program import Pricer, Program, build_program, links_of
 from longcat_sim.simulation.vectorised import run_arrays
+from longcat_sim.specs.deployment import DecodeStep, Deployment
 from longcat_sim.specs.scenario import Scenario
 
 
@@ -128,6 +129,23 @@ def step_size(scenario: Scenario) -> StepSize:
     return StepSize("prefill", step.tokens_per_gpu / queries, queries, step.prompt_tokens)
 
 
+def drawn_size(scenario: Scenario, *, draws: int = 1, seed: int = 0) -> StepSize:
+    """Return one GPU's share of the step, with a context of its own for every rank where contexts are spread."""
+    size, step, deployment = step_size(scenario), scenario.step, scenario.deployment
+    if not isinstance(step, DecodeStep) or not step.context_spread:
+        return size
+    context = draw_contexts(
+        step.context_tokens, step.context_spread, step.sequences_per_gpu, ranks=_widest(deployment),
+        tp_size=deployment.tp_size, draws=draws, seed=seed,
+    )  # fmt: skip
+    return replace(size, context=context)
+
+
+def _widest(deployment: Deployment) -> int:
+    """Return the ranks of the widest group that meets at a barrier."""
+    return max(deployment.ep_size, deployment.dense_tp, deployment.tp_size)
+
+
 def check_step(scenario: Scenario, size: StepSize) -> None:
     """Raise for an overlap that the step does not allow; warn of settings without effect.
 
@@ -178,12 +196,11 @@ def step_program(
     Raises:
         UserError: whatever the step does not allow.
     """
-    size = step_size(scenario)
+    size = drawn_size(scenario, draws=draws, seed=seed)
     check_step(scenario, size)
     load = load or loads(scenario, size, draws=draws, seed=seed)
     blocks = step_graph(scenario.model, scenario.deployment, size, load, scenario.speculative.draft_tokens)
-    widest = max(scenario.deployment.ep_size, scenario.deployment.dense_tp, scenario.deployment.tp_size)
-    return build_program(blocks, op_times, draws=draws, ranks=ranks or widest, pricer=pricer)
+    return build_program(blocks, op_times, draws=draws, ranks=ranks or _widest(scenario.deployment), pricer=pricer)
 
 
 def law_of(scenario: Scenario, op_times: OpTimesLike, contention: str | ContentionLaw) -> ContentionLaw:
@@ -239,7 +256,7 @@ def simulate_draws(
     drawn = loads(scenario, size, draws=count, seed=seed)
     draw = getattr(op_times, "draw", None) if count > 1 else None
     pricer = Pricer(op_times, [draw(i) for i in range(count)] if draw else ())
-    program = step_program(scenario, op_times, draws=count, load=drawn, pricer=pricer)
+    program = step_program(scenario, op_times, draws=count, seed=seed, load=drawn, pricer=pricer)
     totals = _arrays(program, law_of(scenario, op_times, contention))
     factor = discrepancy_factors(count, seed, discrepancy)
     return StepDraws(*(column * factor for column in totals))
@@ -294,6 +311,9 @@ def step_seconds_many(
             for column in (beside_sequences, beside_context)
         )
         beside = StepSize("decode", decoding, verified, attended)
+    step = scenario.step
+    if phase == "decode" and isinstance(step, DecodeStep) and step.context_spread:
+        length = length * busiest_context(step.context_spread, batch, _widest(deployment) // deployment.tp_size)
     size = StepSize(phase, batch, new, np.maximum(length, new), beside)
     load = None
     if model.num_moe_layers:

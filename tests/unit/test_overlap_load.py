@@ -3,10 +3,20 @@
 import numpy as np
 import pytest
 
+from longcat_sim.calibration.op_times import OpTimes
 from longcat_sim.errors import SpecError
-from longcat_sim.simulation.load import distinct_nodes, draw_loads, placement, typical_load
+from longcat_sim.simulation.load import (
+    busiest_context,
+    distinct_nodes,
+    draw_contexts,
+    draw_loads,
+    placement,
+    typical_load,
+)
+from longcat_sim.simulation.step import simulate_step, step_seconds_many
 from longcat_sim.specs.deployment import Deployment, Routing
 from longcat_sim.specs.model import model_spec
+from longcat_sim.specs.scenario import scenario
 
 LONGCAT, DEEPSEEK = model_spec("longcat-flash"), model_spec("deepseek-v3")
 EP128 = Deployment(num_gpus=128, ep_size=128)
@@ -87,3 +97,32 @@ def test_redundant_experts_let_other_rank_counts_divide():
     result = simulate_step(case, Roofline(case.hardware))
     assert result.timeline.program.ranks == 144
     assert result.memory.parts["expert_weights"] == pytest.approx(2 * 3 * 7168 * 2048 * 2)  # 2 experts in 2 MoE layers
+
+
+def test_contexts_have_the_asked_spread_and_tensor_parallel_ranks_share_them():
+    drawn = draw_contexts(5000.0, 0.9, 16, ranks=4000, tp_size=2, draws=20, seed=1)
+    assert drawn.shape == (1, 20, 4000)
+    assert drawn.mean() == pytest.approx(5000, rel=0.005)
+    assert drawn.std() / drawn.mean() == pytest.approx(0.9 / 16**0.5, rel=0.02)  # a mean of 16
+    np.testing.assert_array_equal(drawn[..., 0::2], drawn[..., 1::2])
+
+
+@pytest.mark.parametrize("sequences", [8, 108])
+def test_the_busiest_context_is_the_mean_maximum_of_draws(sequences):
+    drawn = draw_contexts(1.0, 0.92, sequences, ranks=128, draws=4000)
+    expected = busiest_context(0.92, np.array([[sequences]]), 128).item()
+    assert drawn.max(axis=2).mean() == pytest.approx(expected, rel=0.01)
+
+
+def test_spread_contexts_lengthen_a_step_by_what_the_slowest_rank_attends_to():
+    case = scenario("longcat-flash-h800-decode", {"step.context_spread": 0, "routing.source": "balanced"})
+    times = OpTimes.from_hardware(case.hardware)
+    even = simulate_step(case, times).step_s
+    spread = case.what_if({"step.context_spread": 0.9})
+    longest = draw_contexts(5000.0, 0.9, 96, ranks=128).max()
+    # every layer waits for the rank with the longest contexts: as long as if all ranks had them
+    all_long = simulate_step(case.what_if({"step.context_tokens": float(longest)}), times).step_s
+    found = simulate_step(spread, times).step_s
+    assert even < found <= all_long * (1 + 1e-9)
+    assert found - even > 0.8 * (all_long - even)
+    assert float(step_seconds_many(spread, times, 96, 5000)) > float(step_seconds_many(case, times, 96, 5000))
