@@ -7,9 +7,11 @@ A step is the sum of its kernels (the profile), with these terms, none of them f
   min(2 x max_num_seqs, 512)).
 * Logits and sampling for each scheduled sequence only.
 * Unequal contexts in attention: the measured share between the time of the mean and of the longest.
-* Tensor parallelism: a ring all-reduce after o_proj, the FFN and the embedding, an all-gather of the logits.
-* Expert parallelism: all-gather of tokens before, reduce-scatter after the experts (vLLM's default
-  ``allgather_reducescatter`` backend), every rank waiting for the slowest.
+* Tensor parallelism: an all-reduce after o_proj, the FFN and the embedding, an all-gather of the logits. Two ranks
+  read each other's message once (vLLM's own all-reduce, one stage for two ranks) where that is not disabled and the
+  message is short enough; else NCCL's ring.
+* Expert parallelism: all-gathers of tokens, gate weights and expert ids before, reduce-scatter after the experts
+  (vLLM's default ``allgather_reducescatter`` backend), every rank waiting for the one with most active experts.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from longcat_sim.calibration.active_experts import ActiveExperts
+from longcat_sim.calibration.engine_links import ONE_SHOT_BYTES, Link
 from longcat_sim.calibration.layer_profile import LayerProfile, interpolate
 from longcat_sim.specs.model import ModelSpec
 
@@ -27,11 +31,6 @@ Shape = tuple[Sequence[int], Sequence[tuple[int, int]]]
 BEFORE_LAYERS = ("embedding",)
 AFTER_LAYERS = ("final_layernorm",)
 DENSE_FFN = ("gate_up_proj", "act_fn", "down_proj")
-GATE_COVERAGE = (1.0, 0.87, 0.94)
-"""Distinct experts of a trained gate over those of a uniform one: at one token, mid-range, saturated.
-Source: LLMServingSim documentation, MoE expert routing, 110,640 gate calls of Qwen3-30B-A3B (counts, not times)."""
-LAYER_COUNTS = {"layernorm": 2}
-"""Input and post-attention norm share one curve; every other kernel of the dense table runs once per layer."""
 
 
 def capture_sizes(max_num_seqs: int) -> list[int]:
@@ -44,26 +43,6 @@ def capture_sizes(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size <= most]
 
 
-@dataclass(frozen=True)
-class Collective:
-    """A link between the ranks of one collective: ring algorithms, one latency per hop."""
-
-    bytes_per_s: float
-    latency_s: float
-
-    def ring_us(self, bytes_per_hop: float, hops: int) -> float:
-        """Return the time of ``hops`` rounds that each send ``bytes_per_hop`` to the neighbour."""
-        return hops * (self.latency_s + bytes_per_hop / self.bytes_per_s) * 1e6 if hops else 0.0
-
-    def all_reduce_us(self, message_bytes: float, ranks: int) -> float:
-        """Return a ring all-reduce. Source: Patarasuk and Yuan, J. Parallel Distrib. Comput. 69 (2009)."""
-        return self.ring_us(message_bytes / ranks, 2 * (ranks - 1))
-
-    def all_gather_us(self, bytes_per_rank: float, ranks: int) -> float:
-        """Return a ring all-gather of equal parts."""
-        return self.ring_us(bytes_per_rank, ranks - 1)
-
-
 @dataclass
 class EngineTimes:
     """Times that depend on every sequence of a step (``DetailedStepTimes``); of DP ranks in lockstep too."""
@@ -74,12 +53,21 @@ class EngineTimes:
     tp_size: int = 1
     dp_size: int = 1
     is_expert_parallel: bool = False
-    link: Collective | None = None
+    link: Link | None = None
     is_eager: bool = False
     is_detailed: bool = True
+    has_one_shot: bool = False
+    """Whether two tensor-parallel ranks reduce by vLLM's own kernel."""
+    captured: Sequence[int] | None = None
+    """Token counts of the captured graphs, where the engine reported them."""
 
     def __post_init__(self) -> None:
-        self.sizes = [] if self.is_eager else capture_sizes(self.max_num_seqs)
+        sizes = capture_sizes(self.max_num_seqs) if self.captured is None else sorted(self.captured)
+        self.sizes = [] if self.is_eager else sizes
+        self.active = ActiveExperts(
+            max(self.model.n_routed_experts, 1), max(self.model.moe_topk, 1), self.tp_size * self.dp_size
+        )
+        self.counts = {"layernorm": 2, "qk_norm": self.profile.calls_of("qk_norm")}
         self._dense: dict[int, tuple[float, float]] = {}
         moe_layers = self.model.num_moe_layers
         self.num_moe = moe_layers if self.profile.moe else 0
@@ -103,7 +91,7 @@ class EngineTimes:
                 elif name in DENSE_FFN:
                     inside += time * self.num_dense
                 else:
-                    inside += time * LAYER_COUNTS.get(name, 1) * self.model.num_layers
+                    inside += time * self.counts.get(name, 1) * self.model.num_layers
             cached = self._dense[rows] = inside, outside
         return cached
 
@@ -141,7 +129,10 @@ class EngineTimes:
         if self.link and self.tp_size > 1:
             reduced = hidden * max(rows)
             count = 2 * self.model.num_layers + 1
-            time += count * self.link.all_reduce_us(reduced, self.tp_size)
+            if self.has_one_shot and self.tp_size == 2 and reduced <= ONE_SHOT_BYTES:
+                time += count * self.link.exchange_us(reduced)
+            else:
+                time += count * self.link.all_reduce_us(reduced, self.tp_size)
             logits = max(s for _, s in parts) * self.model.vocab_size * 2.0 / self.tp_size
             time += self.link.all_gather_us(logits, self.tp_size)
         if self.num_moe:
@@ -149,20 +140,18 @@ class EngineTimes:
         return round(time * 1000)
 
     def _expert_us(self, rows: Sequence[int]) -> float:
-        """Return the expert part of one layer: experts of one rank, dispatch and combine."""
+        """Return the expert part of one layer: experts of one rank, dispatch and combine.
+
+        Experts that are split by tensor instead read as many bytes and multiply as much as half as many whole ones.
+        """
         model = self.model
-        ranks = self.dp_size * self.tp_size if self.is_expert_parallel else 1
+        ranks = self.dp_size * self.tp_size
         gathered = sum(rows) if self.dp_size > 1 else rows[0]
-        experts = model.n_routed_experts / ranks
-        # distinct experts that uniform choices reach, and how much fewer a trained gate reaches
-        chosen = model.moe_topk / model.n_routed_experts
-        coverage = 1 - (1 - chosen) ** gathered
-        active = experts * coverage * interpolate(([chosen, 0.5, 1.0], list(GATE_COVERAGE)), coverage)
+        active = self.active.busiest(gathered) if self.is_expert_parallel else self.active.mean(gathered)
         time = self.profile.moe_us(ranks, gathered, active)
         if self.link and self.dp_size > 1:
-            remote = (gathered - min(rows)) / (self.dp_size - 1)
-            payload = model.hidden_size * 2.0
-            ids_and_weights = model.moe_topk * (4.0 + 4.0)
-            time += self.link.all_gather_us(remote * (payload + ids_and_weights), self.dp_size)
-            time += self.link.ring_us(remote * payload, self.dp_size - 1)
+            hidden = [row * model.hidden_size * 2.0 for row in rows]
+            chosen = [row * model.moe_topk * 4.0 for row in rows]  # gate weights (fp32), expert ids (int32)
+            time += self.link.gather_group_us([hidden, chosen, chosen])
+            time += self.link.scatter_parts_us(hidden)
         return time

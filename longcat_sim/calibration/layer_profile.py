@@ -11,6 +11,7 @@ Source: casys-kaist/LLMServingSim, documentation of the profiler's output bundle
 from __future__ import annotations
 
 import csv
+import json
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
@@ -61,19 +62,56 @@ def _rows(path: Path, columns: Sequence[Sequence[str]]) -> list[list[str]]:
                     f"{path}:1: expected a column {' or '.join(names)}; got {', '.join(header)}; is this that table?"
                 )
             at.append(header.index(found))
-        return [[row[i] for i in at] for row in reader if row]
+        rows = []
+        for row in reader:
+            if row and len(row) <= max(at):
+                raise MeasurementError(
+                    f"{path}:{reader.line_num}: expected {len(header)} values; got {len(row)}; mend it"
+                )
+            if row:
+                rows.append([row[i] for i in at])
+        return rows
+
+
+def _numbers(path: Path, row: Sequence[str]) -> list[float]:
+    """Return the values of a row.
+
+    Raises:
+        MeasurementError: one of them is no finite number.
+    """
+    try:
+        values = [float(value) for value in row]
+    except ValueError:
+        values = [float("nan")]
+    if not all(np.isfinite(values)):
+        raise MeasurementError(f"{path}: expected numbers; got {', '.join(row)!r}; mend the row")
+    return values
+
+
+def _header(path: Path) -> list[str]:
+    """Return the columns of a CSV file; none if there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return next(csv.reader(file), [])
 
 
 def _curves(path: Path, axis: str) -> dict[str, Curve]:
     points: dict[str, dict[float, float]] = defaultdict(dict)
-    for layer, x, time in _rows(path, (("layer",), (axis,), ("time_us",))):
-        points[layer][float(x)] = float(time)
+    for layer, *row in _rows(path, (("layer",), (axis,), ("time_us",))):
+        x, time = _numbers(path, row)
+        points[layer][x] = time
     return {layer: (sorted(p), [p[x] for x in sorted(p)]) for layer, p in points.items()}
 
 
 @dataclass
 class AttentionTable:
-    """Attention time by (prefill tokens, mean keys before the chunk, decode count, decode KV), multilinear."""
+    """Attention time by (prefill tokens, mean keys before the chunk, decode count, decode KV), multilinear.
+
+    Several short prompts in one chunk have fewer keys before them than one long prompt: less than none. Below the
+    smallest measured keys the prefill's part shrinks with the keys (its work is tokens x keys), down to the time of
+    the smallest chunk; what decoding adds stays.
+    """
 
     chunks: list[float]
     tables: dict[float, tuple[list[float], dict[float, tuple[list[float], dict[float, Curve]]]]]
@@ -82,21 +120,28 @@ class AttentionTable:
     @classmethod
     def read(cls, path: Path) -> AttentionTable:
         """Read ``attention.csv``; ``prefill_key`` (mean keys per query) and ``kv_prefill`` are both understood."""
-        with path.open(encoding="utf-8") as file:
-            header = file.readline()
+        header = _header(path)
         has_keys = "prefill_key" in header
         columns = [("prefill_chunk",), ("prefill_key", "kv_prefill"), ("n_decode",), ("kv_decode",), ("time_us",)]
         nested: dict[float, dict[float, dict[float, dict[float, float]]]] = defaultdict(
             lambda: defaultdict(lambda: defaultdict(dict))
         )
-        if "decode_q_len" in header:
-            columns.append(("decode_q_len",))
+        extra = [name for name in ("decode_q_len", "layer") if name in header]
+        columns.extend((name,) for name in extra)
+        kernels: set[str] = set()
         for row in _rows(path, columns):
-            chunk, keys, count, kv, time = map(float, row[:5])
-            if len(row) > 5 and float(row[5]) != 1:
+            chunk, keys, count, kv, time = _numbers(path, row[:5])
+            more = dict(zip(extra, row[5:], strict=True))
+            if float(more.get("decode_q_len") or 1) != 1:
                 continue
+            kernels.add(more.get("layer", "attention"))
             before = keys - chunk / 2 if has_keys else keys
             nested[chunk][before][count][kv] = time
+        if len(kernels) != 1 or not any(nested[0.0].values()):
+            raise MeasurementError(
+                f"{path}: expected the times of one attention kernel, with rows of pure decode (prefill_chunk 0); got "
+                f"{', '.join(sorted(kernels)) or 'no rows'}; models with several attention kernels are not covered"
+            )
         tables = {}
         for chunk, by_keys in nested.items():
             full = {k: by_count for k, by_count in by_keys.items() if chunk == 0 or len(by_count) > 1}
@@ -108,6 +153,13 @@ class AttentionTable:
                 },
             )
         return cls(sorted(c for c, (nodes, _) in tables.items() if nodes), tables)
+
+    def __post_init__(self) -> None:
+        prefills = [c for c in self.chunks if c > 0]
+        self._smallest = 0.0
+        if prefills:
+            nodes, by_keys = self.tables[prefills[0]]
+            self._smallest = self._line(by_keys[nodes[0]], 0.0, 0.0) if 0.0 in by_keys[nodes[0]][1] else 0.0
 
     def us(self, tokens: float, before: float, count: float, kv: float) -> float:
         """Return the attention time of one layer."""
@@ -123,11 +175,21 @@ class AttentionTable:
 
     def _plane(self, chunk: float, before: float, count: float, kv: float) -> float:
         nodes, by_keys = self.tables[chunk]
+        if chunk and before < nodes[0]:
+            return self._few_keys(chunk, before, count, kv)
         j, weight = _bracket(nodes, before)
         low = self._line(by_keys[nodes[j]], count, kv)
         if not weight:
             return low
-        return max(low + (self._line(by_keys[nodes[j + 1]], count, kv) - low) * weight, 0.2 * low)
+        return low + (self._line(by_keys[nodes[j + 1]], count, kv) - low) * weight
+
+    def _few_keys(self, chunk: float, before: float, count: float, kv: float) -> float:
+        nodes, by_keys = self.tables[chunk]
+        first = by_keys[nodes[0]]
+        alone = self._line(first, 0.0, 0.0) if 0.0 in first[1] else 0.0
+        share = max(before + chunk / 2, 0.0) / (nodes[0] + chunk / 2)
+        least = min(alone, self._smallest)
+        return self._line(first, count, kv) - (alone - least) * (1 - share)
 
     @staticmethod
     def _line(by_count: tuple[list[float], dict[float, Curve]], count: float, kv: float) -> float:
@@ -160,22 +222,36 @@ class SkewTable:
         return self._chunk(tokens), round(float(np.log2(max(count, 1)))), bisect_left(self.GAPS, gap)
 
     @classmethod
-    def read(cls, path: Path) -> SkewTable:
-        """Read ``skew.csv``; an absent file, or one without controls of its own, corrects nothing.
+    def read(cls, path: Path, attention: AttentionTable) -> SkewTable:
+        """Read ``skew.csv``; an absent file corrects nothing.
 
         Each case was measured with its controls (all contexts at the mean, all at the longest) in one series, so
-        that the share does not depend on how often the series ran each.
+        that the share does not depend on how often the series ran each. Where a case has none, the controls are what
+        the attention table says of its requests.
+
+        Raises:
+            MeasurementError: the table has neither controls nor requests.
         """
         table = cls()
-        if not path.is_file():
+        header = _header(path)
+        if not header:
             return table
-        try:
-            rows = _rows(path, (("n",), ("pc",), ("t_mean_us",), ("t_max_us",), ("t_skew_us",)))
-        except MeasurementError:
-            return table
+        names = [name for name in ("n", "pc", "t_mean_us", "t_max_us", "requests_json") if name in header]
+        if "requests_json" not in names and len(names) < 4:
+            raise MeasurementError(
+                f"{path}:1: expected columns n, pc, t_mean_us, t_max_us, or requests_json; got {', '.join(header)}; "
+                "is this a table of unequal contexts?"
+            )
+        rows = []
+        for values in _rows(path, [(name,) for name in (*names, "t_skew_us")]):
+            cells = dict(zip(names, values, strict=False))
+            if all(cells.get(name) for name in ("n", "pc", "t_mean_us", "t_max_us")):
+                rows.append(_numbers(path, [*(cells[n] for n in ("n", "pc", "t_mean_us", "t_max_us")), values[-1]]))
+            elif cells.get("requests_json"):
+                rows.append([*_controls(cells["requests_json"], attention), *_numbers(path, values[-1:])])
         pools: dict[tuple[int, int, int], list[tuple[float, float]]] = defaultdict(list)
         for row in rows:
-            count, tokens, low, high, time = map(float, row)
+            count, tokens, low, high, time = row
             if high - low <= 0.02 * low:
                 continue
             share, weight = (time - low) / (high - low), (high - low) / time
@@ -197,6 +273,18 @@ class SkewTable:
             if key in self.shares:
                 return self.shares[key]
         return 0.0
+
+
+def _controls(requests: str, attention: AttentionTable) -> tuple[float, float, float, float]:
+    """Return (decode count, prefill tokens, us at the mean context, us at the longest) of [[query, history], ...]."""
+    pairs = json.loads(requests)
+    contexts = [past for query, past in pairs if query == 1] or [0]
+    tokens = sum(query for query, _ in pairs if query > 1)
+    keys = sum(query * (past + query / 2) for query, past in pairs if query > 1)
+    before = keys / tokens - tokens / 2 if tokens else 0.0
+    count = len(contexts)
+    low, high = (attention.us(tokens, before, count, kv) for kv in (sum(contexts) / count, max(contexts)))
+    return count, tokens, low, high
 
 
 @dataclass
@@ -229,13 +317,34 @@ class LayerProfile:
         moe_path = folder / "moe.csv"
         if not moe_path.is_file():
             moe_path = profile / "tp1" / "moe.csv"
-        return cls(
+        attention = AttentionTable.read(folder / "attention.csv")
+        table = cls(
             _curves(folder / "dense.csv", "tokens"),
             _curves(folder / "per_sequence.csv", "sequences"),
-            AttentionTable.read(folder / "attention.csv"),
-            SkewTable.read(folder / "skew.csv"),
+            attention,
+            SkewTable.read(folder / "skew.csv", attention),
             _read_moe(moe_path) if moe_path.is_file() else {},
         )
+        lacks = [name for name in ("qkv_proj", "o_proj") if name not in table.dense]
+        lacks += [name for name in ("lm_head",) if name not in table.per_sequence]
+        if not table.moe:
+            lacks += [name for name in ("gate_up_proj", "down_proj") if name not in table.dense]
+        if lacks:
+            raise MeasurementError(
+                f"{folder}: expected qkv_proj, o_proj, gate_up_proj, down_proj (or moe.csv) in dense.csv and lm_head "
+                f"in per_sequence.csv; got none of {', '.join(lacks)}; profile the missing kernels"
+            )
+        return table
+
+    def calls_of(self, name: str) -> int:
+        """Return how often a layer runs a normalisation: twice where the row is the time of one of its two kernels.
+
+        Older profiles give the mean of the query's and the key's norm, newer ones their sum; at one token both
+        are mere launches, as long as any other norm.
+        """
+        if name not in self.dense or "layernorm" not in self.dense:
+            return 1
+        return 2 if interpolate(self.dense[name], 1) < 1.35 * interpolate(self.dense["layernorm"], 1) else 1
 
     def attention_us(self, contexts: Sequence[int], chunks: Sequence[tuple[int, int]]) -> float:
         """Return the attention time of one layer: decode ``contexts`` and prefill (tokens, tokens before)."""
@@ -268,12 +377,11 @@ class LayerProfile:
 
 
 def _read_moe(path: Path) -> dict[int, tuple[list[float], dict[float, Curve]]]:
-    with path.open(encoding="utf-8") as file:
-        has_ep = "ep" in file.readline().strip().split(",")
+    has_ep = "ep" in _header(path)
     columns = [("tokens", "local_tokens"), ("activated_experts",), ("time_us",), *([("ep",)] if has_ep else [])]
     nested: dict[int, dict[float, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in _rows(path, columns):
-        tokens, experts, time = map(float, row[:3])
+        tokens, experts, time = _numbers(path, row[:3])
         nested[int(float(row[3])) if has_ep else 1][experts][tokens] = time
     return {
         ep: (sorted(by_experts), {e: (sorted(c), [c[t] for t in sorted(c)]) for e, c in by_experts.items()})

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from longcat_sim.calibration.engine_times import Collective, EngineTimes, capture_sizes
+from longcat_sim.calibration.engine_links import Collective
+from longcat_sim.calibration.engine_times import EngineTimes, capture_sizes
 from longcat_sim.calibration.layer_profile import LayerProfile
 from longcat_sim.errors import MeasurementError, WorkloadError
 from longcat_sim.specs.model import model_spec

@@ -1,120 +1,70 @@
 """Predict a recorded vLLM run from the card's layer profile, and set it beside what was measured.
 
 The folder holds ``requests.jsonl`` (token counts and times of each request), ``meta.json`` (engine settings),
-``config.json`` (the deployment: parallelism, memory, links; or the model's published config) and ``profile/``. The
-prediction uses arrival times and token counts of the requests, and nothing else of them. The engine is the serving
-simulator's own, with the times of ``calibration.engine_times``.
+``config.json`` (the deployment: parallelism, memory, links; or the model's published config) and ``profile/``;
+``hardware.yaml`` beside them gives measured collectives. The prediction uses arrival times and token counts of the
+requests, and nothing else of them. The engine is the serving simulator's own, with the times of
+``calibration.engine_times``.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from longcat_sim.calibration.engine_times import Collective, EngineTimes
+from longcat_sim.calibration.engine_times import EngineTimes
 from longcat_sim.calibration.layer_profile import LayerProfile
-from longcat_sim.errors import MeasurementError, WorkloadError
+from longcat_sim.errors import MeasurementError
 from longcat_sim.simulation.serving.cluster import Engine
 from longcat_sim.simulation.serving.request import Request
 from longcat_sim.simulation.serving.simulate import ServingResult, simulate_serving
-from longcat_sim.specs.model import ModelSpec, model_names, model_spec
+from longcat_sim.specs.model import ModelSpec
 from longcat_sim.specs.serve import Serve
+from longcat_sim.studies.validate.vllm_folder import RunFolder, read_measured
 
 FloatArray = npt.NDArray[np.float64]
 STATISTICS = ("mean", "p50", "p90", "p99")
-BLOCK_TOKENS = 16
-"""vLLM's default KV block on CUDA."""
-ASYNC_SINCE = (0, 14)
-"""vLLM decides the next step while one runs by default since v0.14.0 (its release notes, January 2026)."""
-DEFAULT_LINK = Collective(16e9, 20e-6)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MeasurementError(f"{path}: expected a recorded engine run with this file; there is none") from None
-    except json.JSONDecodeError as fault:
-        raise MeasurementError(f"{path}:{fault.lineno}: expected JSON; got {fault.msg}; mend the file") from None
-    if not isinstance(document, dict):
-        raise MeasurementError(f"{path}: expected a JSON object; got {type(document).__name__}")
-    return document
-
-
-def read_measured(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of ``requests.jsonl``.
+def _times(folder: RunFolder, model: ModelSpec) -> EngineTimes:
+    """Return the step times of the engine.
 
     Raises:
-        WorkloadError: a row is not JSON or lacks a field; all such rows are listed.
+        MeasurementError: the profile lacks what the run needs.
     """
-    needed = ("input_toks", "output_toks", "arrival_time", "queued_ts", "first_token_ts", "last_token_ts")
-    rows, faults = [], []
-    if not path.is_file():
-        raise MeasurementError(f"{path}: expected a recorded engine run with this file; there is none")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                missing = [key for key in needed if not isinstance(row.get(key), int | float)]
-            except (json.JSONDecodeError, AttributeError) as fault:
-                faults.append(f"{path}:{number}: expected one JSON object per line; got {fault}")
-                continue
-            if missing:
-                faults.append(f"{path}:{number}: expected numbers in {', '.join(missing)}; got {line.strip()[:80]!r}")
-            rows.append(row)
-    if faults or not rows:
-        raise WorkloadError(faults or [f"{path}: expected one request at least; got none"])
-    return rows
-
-
-def find_model(name: str, folder: Path, config: Mapping[str, Any]) -> ModelSpec:
-    """Return the model's shape: from a published config in the folder, else from the packaged models by name.
-
-    Raises:
-        MeasurementError: neither is there.
-    """
-    for candidate in (folder / "model_config.json", folder / "profile" / "config.json", folder / "config.json"):
-        if candidate.is_file() and "num_hidden_layers" in _read_json(candidate):
-            return ModelSpec.from_hf_config(candidate)
-    short = name.rsplit("/", 1)[-1].lower()
-    matches = [known for known in model_names() if short == known or short.startswith(f"{known}-")]
-    if not matches:
+    tp, dp = (folder.count("parallel_config", f"{kind}_parallel_size", 1) for kind in ("tensor", "data"))
+    if folder.count("parallel_config", "pipeline_parallel_size", 1) > 1:
         raise MeasurementError(
-            f"{folder}: expected the shape of {name!r} in model_config.json (its published config.json), or one of "
-            f"the packaged models {', '.join(model_names())}; add the file"
+            f"{folder.path / 'meta.json'}: pipeline_parallel_size: expected 1; pipelined engines are not covered"
         )
-    return model_spec(max(matches, key=len))
-
-
-def _instances(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [instance for node in config.get("nodes", []) for instance in node.get("instances", [])]
-
-
-def _find_link(config: Mapping[str, Any]) -> Collective:
-    """Return the link between the cards: ``link_bw`` in GB/s and ``link_latency`` in ns."""
-    bandwidth, latency = config.get("link_bw"), config.get("link_latency")
-    if isinstance(bandwidth, int | float) and isinstance(latency, int | float):
-        return Collective(bandwidth * 1e9, latency * 1e-9)
-    return DEFAULT_LINK
-
-
-def _kv_blocks(meta: Mapping[str, Any], config: Mapping[str, Any], model: ModelSpec, tp: int, ranks: int) -> int:
-    """Return the KV blocks of one rank: what the engine reported, else the share of memory that weights leave."""
-    reported = meta.get("kv_cache") or {}
-    if reported.get("num_gpu_blocks"):
-        return int(reported["num_gpu_blocks"]) - 1  # vLLM keeps one as the null block
-    instances = _instances(config)
-    memory = (instances[0].get("npu_mem") if instances else None) or {}
-    size, share = memory.get("mem_size", 80), memory.get("mem_util", 0.9)
-    experts = model.num_moe_layers * model.n_routed_experts * model.expert_parameters if model.num_moe_layers else 0
-    weights = ((model.num_parameters - experts) / tp + experts / max(ranks, 1)) * 2.0
-    free = size * 2**30 * share - weights
-    return max(1, int(free / (model.kv_bytes_per_token(bytes_per_value=2) / tp * BLOCK_TOKENS)) - 1)
+    profile = LayerProfile.read(folder.path / "profile", tp)
+    if model.num_moe_layers and not profile.moe:
+        raise MeasurementError(
+            f"{folder.path / 'profile'}: expected tp{tp}/moe.csv, the times of the experts of {model.name}; there is "
+            "none; profile the experts on the card"
+        )
+    if not profile.skew.shares:
+        warnings.warn(
+            f"{folder.path / 'profile'}: no skew.csv for tensor parallelism {tp}: decode batches are taken at their "
+            "mean context",
+            stacklevel=2,
+        )
+    return EngineTimes(
+        profile,
+        model,
+        folder.count("scheduler_config", "max_num_seqs", 256),
+        tp_size=tp,
+        dp_size=dp,
+        is_expert_parallel=bool(folder.setting("parallel_config", "enable_expert_parallel")),
+        link=folder.link() if tp * dp > 1 else None,
+        is_eager=folder.is_eager,
+        has_one_shot=not folder.setting("parallel_config", "disable_custom_all_reduce", False),
+        captured=folder.setting("compilation_config", "cudagraph_capture_sizes"),
+    )
 
 
 def predict(directory: Path) -> tuple[ServingResult, list[dict[str, Any]]]:
@@ -124,63 +74,39 @@ def predict(directory: Path) -> tuple[ServingResult, list[dict[str, Any]]]:
         MeasurementError: a file of the folder is missing or cannot be read.
         WorkloadError: rows of ``requests.jsonl`` cannot be used.
     """
-    meta, config = _read_json(directory / "meta.json"), _read_json(directory / "config.json")
+    folder = RunFolder.read(directory)
     rows = read_measured(directory / "requests.jsonl")
-    settings = meta.get("engine_kwargs", {})
-    tp, dp = int(settings.get("tensor_parallel_size") or 1), int(settings.get("data_parallel_size") or 1)
-    is_ep = bool(settings.get("enable_expert_parallel"))
-    model = find_model(str(meta.get("model") or settings.get("model")), directory, config)
-    max_num_seqs = int(settings.get("max_num_seqs") or 256)
-    version = tuple(int(part) for part in str(meta.get("vllm_version", "0.0")).split(".")[:2] if part.isdigit())
-    profile = LayerProfile.read(directory / "profile", tp)
-    if model.num_moe_layers and not profile.moe:
-        raise MeasurementError(
-            f"{directory / 'profile'}: expected tp{tp}/moe.csv, the times of the experts of {model.name}; there is none"
-        )
-    times = EngineTimes(
-        profile,
-        model,
-        max_num_seqs,
-        tp_size=tp,
-        dp_size=dp,
-        is_expert_parallel=is_ep,
-        link=_find_link(config) if tp * dp > 1 else None,
-        is_eager=bool(settings.get("enforce_eager")),
-    )
+    model = folder.model()
+    times = _times(folder, model)
+    blocks, block_tokens = folder.kv_blocks(model, times.tp_size, times.dp_size)
     serve = Serve.model_validate(
         {
             "workload": {"trace": str(directory / "requests.jsonl"), "format": "jsonl"},
-            "replicas": dp,
+            "replicas": times.dp_size,
             "router": "least_loaded",
             "scheduler": {
-                "max_num_seqs": max_num_seqs,
-                "max_num_batched_tokens": int(settings.get("max_num_batched_tokens") or 2048),
-                "block_tokens": BLOCK_TOKENS,
-                "prefix_cache": settings.get("enable_prefix_caching") is not False,
-                "async_scheduling": bool(settings.get("async_scheduling", version >= ASYNC_SINCE)),
+                "max_num_seqs": times.max_num_seqs,
+                "max_num_batched_tokens": folder.count("scheduler_config", "max_num_batched_tokens", 2048),
+                "block_tokens": block_tokens,
+                "prefix_cache": folder.setting("cache_config", "enable_prefix_caching") is not False,
+                "async_scheduling": folder.is_async,
             },
         }
     )
     # arrival_time is an epoch clock, the others a monotonic one: the quickest hand-over aligns them
     offset = min(row["queued_ts"] - row["arrival_time"] for row in rows)
     start = min(row["arrival_time"] for row in rows)
+    rows.sort(key=lambda row: row["arrival_time"])
     requests: list[Request] = []
-    for row in sorted(rows, key=lambda r: r["arrival_time"]):
-        number = len(requests)
-        blocks = int(row["input_toks"]) // BLOCK_TOKENS
-        first = (number + 1) << 32
-        request = Request(
-            0,
-            round((row["arrival_time"] - start) * 1e9),
-            int(row["input_toks"]),
-            int(row["output_toks"]),
-            [(range(first, first + blocks), 1)],
-        )
-        requests.append(request)
+    for number, row in enumerate(rows, start=1):
+        first = number << 32  # prompts are taken as distinct: nothing says which share a prefix
+        chain = range(first, first + int(row["input_toks"]) // block_tokens)
+        arrival = round((row["arrival_time"] - start) * 1e9)
+        requests.append(Request(0, arrival, int(row["input_toks"]), int(row["output_toks"]), [(chain, 1)]))
         row["arrival"] = row["arrival_time"] + offset
-    engine = Engine(times, _kv_blocks(meta, config, model, tp, tp * dp if is_ep else tp), tp)
-    result = simulate_serving(serve, engine, requests=requests, lockstep=dp > 1 and model.num_moe_layers > 0)
-    return result, sorted(rows, key=lambda r: r["arrival_time"])
+    engine = Engine(times, blocks, times.tp_size)
+    is_lockstep = times.dp_size > 1 and model.num_moe_layers > 0
+    return simulate_serving(serve, engine, requests=requests, lockstep=is_lockstep), rows
 
 
 def _statistics(values: FloatArray) -> dict[str, float]:

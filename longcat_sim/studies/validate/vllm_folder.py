@@ -1,0 +1,251 @@
+"""Read the folder of a recorded vLLM run: its requests, the engine's settings, its deployment and its links."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from longcat_sim.calibration.engine_links import PCIE5_PAIR, Link, law_link, measured_link
+from longcat_sim.errors import MeasurementError, WorkloadError
+from longcat_sim.specs.loading import read_yaml
+from longcat_sim.specs.model import ModelSpec, model_names, model_spec
+
+BLOCK_TOKENS = 16
+"""vLLM's default KV block on CUDA."""
+ASYNC_SINCE = (0, 14)
+"""vLLM decides the next step while one runs by default since v0.14.0 (its release notes, January 2026)."""
+TIMES = ("queued_ts", "first_token_ts", "last_token_ts")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        MeasurementError: there is no such file, or it holds something else.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MeasurementError(f"{path}: expected a recorded engine run with this file; there is none") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+        raise MeasurementError(f"{path}: expected JSON; got {fault}; mend the file") from None
+    if not isinstance(document, dict):
+        raise MeasurementError(f"{path}: expected a JSON object; got {type(document).__name__}")
+    return document
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def read_measured(path: Path) -> list[dict[str, Any]]:
+    """Return the completed rows of ``requests.jsonl``; rows whose times are null (failed requests) are left out.
+
+    Raises:
+        WorkloadError: a row is not JSON, lacks a field or contradicts itself; all such rows are listed.
+    """
+    rows, faults, failed = [], [], 0
+    if not path.is_file():
+        raise MeasurementError(f"{path}: expected a recorded engine run with this file; there is none")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                missing = [k for k in ("input_toks", "output_toks", "arrival_time") if not _is_number(row.get(k))]
+                if any(key in row and row[key] is None for key in TIMES) and _is_number(row.get("input_toks")):
+                    failed += 1
+                    continue
+                missing += [key for key in TIMES if not _is_number(row.get(key))]
+            except (json.JSONDecodeError, AttributeError) as fault:
+                faults.append(f"{path}:{number}: expected one JSON object per line; got {fault}")
+                continue
+            if missing:
+                faults.append(f"{path}:{number}: expected numbers in {', '.join(missing)}; got {line.strip()[:80]!r}")
+            elif row["input_toks"] < 1 or row["output_toks"] < 1:
+                faults.append(
+                    f"{path}:{number}: expected input_toks and output_toks of 1 at least; got {line.strip()[:80]!r}"
+                )
+            elif not row["queued_ts"] <= row["first_token_ts"] <= row["last_token_ts"]:
+                faults.append(
+                    f"{path}:{number}: expected queued_ts <= first_token_ts <= last_token_ts, in seconds of one clock; "
+                    f"got {', '.join(str(row[key]) for key in TIMES)}"
+                )
+            rows.append(row)
+    if faults or not rows:
+        raise WorkloadError(faults or [f"{path}: expected one completed request at least; got none"])
+    if failed:
+        warnings.warn(
+            f"{path}: {failed} requests have no times (failed); they are neither simulated nor compared", stacklevel=2
+        )
+    return rows
+
+
+def find_model(names: Sequence[str], folder: Path) -> ModelSpec:
+    """Return the model's shape: from a published config in the folder, else from the packaged models by name or path.
+
+    Raises:
+        MeasurementError: neither is there.
+    """
+    for candidate in (folder / "model_config.json", folder / "profile" / "config.json", folder / "config.json"):
+        if candidate.is_file() and "num_hidden_layers" in read_json(candidate):
+            return ModelSpec.from_hf_config(candidate)
+    for name in names:
+        short = name.rstrip("/").rsplit("/", 1)[-1].lower()
+        matches = [known for known in model_names() if short == known or short.startswith(f"{known}-")]
+        if matches:
+            return model_spec(max(matches, key=len))
+    raise MeasurementError(
+        f"{folder}: expected the shape of {names[0] if names else 'a model'!r} in model_config.json (its published "
+        f"config.json), or one of the packaged models {', '.join(model_names())}; add the file"
+    )
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What ``meta.json`` and ``config.json`` say; the engine's own report (``resolved_config``) has the last word."""
+
+    path: Path
+    meta: Mapping[str, Any]
+    config: Mapping[str, Any]
+    profile: Mapping[str, Any]
+    """``profile/meta.yaml``"""
+
+    @classmethod
+    def read(cls, path: Path) -> RunFolder:
+        """Read the settings of a folder.
+
+        Raises:
+            MeasurementError: a file is missing or cannot be read.
+        """
+        sheet = path / "profile" / "meta.yaml"
+        profile: Any = read_yaml(sheet)[0] if sheet.is_file() else {}
+        return cls(
+            path,
+            read_json(path / "meta.json"),
+            read_json(path / "config.json"),
+            profile if isinstance(profile, dict) else {},
+        )
+
+    def setting(self, section: str, key: str, default: Any = None) -> Any:
+        """Return what the engine resolved, else what it was given, else ``default``."""
+        resolved = ((self.meta.get("resolved_config") or {}).get(section) or {}).get(key)
+        if resolved is not None:
+            return resolved
+        given = (self.meta.get("engine_kwargs") or {}).get(key)
+        return default if given is None else given
+
+    def count(self, section: str, key: str, default: int) -> int:
+        """Return a setting that must be a positive whole number.
+
+        Raises:
+            MeasurementError: it is something else.
+        """
+        value = self.setting(section, key, default)
+        if not _is_number(value) or int(value) != value or value < 1:
+            raise MeasurementError(
+                f"{self.path / 'meta.json'}: {key}: expected a whole number of 1 at least; got {value!r}"
+            )
+        return int(value)
+
+    @property
+    def instance(self) -> Mapping[str, Any]:
+        """The first instance of the deployment."""
+        for node in self.config.get("nodes") or []:
+            for instance in node.get("instances") or []:
+                return dict(instance)
+        return {}
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """vLLM's version, two numbers."""
+        return tuple(int(part) for part in str(self.meta.get("vllm_version", "0.0")).split(".")[:2] if part.isdigit())
+
+    @property
+    def is_async(self) -> bool:
+        """Whether the engine decides the next step while one runs."""
+        return bool(self.setting("scheduler_config", "async_scheduling", self.version >= ASYNC_SINCE))
+
+    @property
+    def is_eager(self) -> bool:
+        """Whether no CUDA graphs were used."""
+        mode = self.setting("compilation_config", "cudagraph_mode")
+        return bool(self.setting("model_config", "enforce_eager")) or mode in (0, [0, 0], "NONE")
+
+    def model(self) -> ModelSpec:
+        """Return the shape of the model; a local path that tells nothing is looked up by the deployment's names.
+
+        Raises:
+            MeasurementError: nothing in the folder names or describes a known model.
+        """
+        settings = self.meta.get("engine_kwargs") or {}
+        names = [str(self.meta.get("model") or settings.get("model") or "")]
+        if not names[0] or names[0].startswith(("/", ".", "~")):
+            names += [str(name) for name in (self.instance.get("model_name"), self.profile.get("model")) if name]
+        return find_model([name for name in names if name], self.path)
+
+    def link(self) -> Link:
+        """Return the link between the cards: measured (``hardware.yaml``), else by the deployment's law, else PCIe 5.
+
+        Raises:
+            MeasurementError: ``hardware.yaml`` cannot be read.
+        """
+        for candidate in (self.path / "hardware.yaml", self.path / "profile" / "hardware.yaml"):
+            if candidate.is_file() and self.config.get("link_bw") is None:
+                document = read_yaml(candidate)[0]
+                found = measured_link(document if isinstance(document, dict) else {}, str(candidate))
+                if found is not None:
+                    return found
+        found = law_link(self.config, 0 if self.count("parallel_config", "tensor_parallel_size", 1) > 1 else -1)
+        if found is None:
+            warnings.warn(
+                f"{self.path / 'config.json'}: no link_bw and link_latency, and no hardware.yaml beside it: "
+                "NCCL's times between two cards on PCIe 5 x16 are taken",
+                stacklevel=2,
+            )
+            return PCIE5_PAIR
+        return found
+
+    def kv_blocks(self, model: ModelSpec, tp_size: int, dp_size: int) -> tuple[int, int]:
+        """Return (KV blocks of one data-parallel rank, tokens of a block).
+
+        Reported, or else the share of memory that weights leave. vLLM reports the blocks of all data-parallel ranks
+        together (its client adds them up) and the tokens of one rank; it keeps one block as the null block.
+
+        Raises:
+            MeasurementError: neither blocks nor memory are known, or weights leave nothing.
+        """
+        reported = self.meta.get("kv_cache") or {}
+        size = int(reported.get("block_size") or self.setting("cache_config", "block_size") or BLOCK_TOKENS)
+        tokens = self.setting("cache_config", "kv_cache_size_tokens")
+        if _is_number(tokens) and tokens >= size:
+            return int(tokens) // size - 1, size
+        fitting = self._blocks_by_memory(model, tp_size, dp_size, size)
+        blocks = reported.get("num_gpu_blocks") or self.setting("cache_config", "num_gpu_blocks")
+        if _is_number(blocks) and blocks > 1:
+            is_total = dp_size > 1 and (fitting is None or blocks > 1.3 * fitting)
+            return int(blocks) // (dp_size if is_total else 1) - 1, size
+        if fitting is None or fitting < 2:
+            raise MeasurementError(
+                f"{self.path}: expected kv_cache.num_gpu_blocks in meta.json, or a card's memory that holds more than "
+                f"the weights (npu_mem.mem_size in GiB and mem_util in config.json); got {fitting} blocks; add one"
+            )
+        return fitting - 1, size
+
+    def _blocks_by_memory(self, model: ModelSpec, tp_size: int, dp_size: int, size: int) -> int | None:
+        memory = self.instance.get("npu_mem") or {}
+        card = (self.meta.get("hardware") or {}).get("device_total_memory_bytes")
+        total = float(memory["mem_size"]) * 2**30 if _is_number(memory.get("mem_size")) else card
+        if total is None or not _is_number(total):
+            return None
+        share = memory.get("mem_util") or self.setting("cache_config", "gpu_memory_utilization") or 0.9
+        experts = model.parameters_by_part["experts"]
+        weights = ((model.num_parameters - experts) / tp_size + experts / (tp_size * dp_size)) * 2.0
+        per_block = model.kv_bytes_per_token(bytes_per_value=2) / tp_size * size
+        return max(0, int((total * share - weights) / per_block))
