@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -189,6 +190,26 @@ class RunFolder:
         if not names[0] or names[0].startswith(("/", ".", "~")):
             names += [str(name) for name in (self.instance.get("model_name"), self.profile.get("model")) if name]
         return find_model([name for name in names if name], self.path)
+
+    def cached_share(self) -> float:
+        """Return the share of prompt tokens that the engine found in its prefix cache (``timeseries.csv``), else 0.
+
+        It is a count of tokens over the whole run: the requests say neither which prompts share a prefix nor how much.
+        """
+        path = self.path / "timeseries.csv"
+        if not path.is_file():
+            return 0.0
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                rows = [
+                    (float(row["prompt_cached_throughput"]), float(row["prompt_throughput"]))
+                    for row in csv.DictReader(file)
+                    if row.get("prompt_cached_throughput") and row.get("prompt_throughput")
+                ]
+        except ValueError as fault:
+            raise MeasurementError(f"{path}: expected numbers; got {fault}; mend the row or remove the file") from None
+        total = sum(prompt for _, prompt in rows)
+        return min(sum(cached for cached, _ in rows) / total, 1.0) if total > 0 else 0.0
 
     def link(self) -> Link:
         """Return the link between the cards: measured (``hardware.yaml``), else by the deployment's law, else PCIe 5.

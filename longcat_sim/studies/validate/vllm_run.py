@@ -2,9 +2,9 @@
 
 The folder holds ``requests.jsonl`` (token counts and times of each request), ``meta.json`` (engine settings),
 ``config.json`` (the deployment: parallelism, memory, links; or the model's published config) and ``profile/``;
-``hardware.yaml`` beside them gives measured collectives. The prediction uses arrival times and token counts of the
-requests, and nothing else of them. The engine is the serving simulator's own, with the times of
-``calibration.engine_times``.
+``hardware.yaml`` beside them gives measured collectives, ``timeseries.csv`` the tokens found in the prefix cache. The
+prediction uses arrival times and token counts, and no measured time of any request. The engine is the serving
+simulator's own, with the times of ``calibration.engine_times``.
 """
 
 from __future__ import annotations
@@ -97,12 +97,18 @@ def predict(directory: Path) -> tuple[ServingResult, list[dict[str, Any]]]:
     offset = min(row["queued_ts"] - row["arrival_time"] for row in rows)
     start = min(row["arrival_time"] for row in rows)
     rows.sort(key=lambda row: row["arrival_time"])
+    share, owed = folder.cached_share(), 0.0
     requests: list[Request] = []
     for number, row in enumerate(rows, start=1):
-        first = number << 32  # prompts are taken as distinct: nothing says which share a prefix
-        chain = range(first, first + int(row["input_toks"]) // block_tokens)
+        first, blocks_of = number << 32, int(row["input_toks"]) // block_tokens
+        # nothing says which prompts share a prefix: all share as many blocks as the run found on average
+        owed += share * blocks_of
+        common = min(int(owed), blocks_of)
+        owed -= common
+        chain = [(range(common), 1)] if common else []
+        chain.append((range(first, first + blocks_of - common), 1))
         arrival = round((row["arrival_time"] - start) * 1e9)
-        requests.append(Request(0, arrival, int(row["input_toks"]), int(row["output_toks"]), [(chain, 1)]))
+        requests.append(Request(0, arrival, int(row["input_toks"]), int(row["output_toks"]), chain))
         row["arrival"] = row["arrival_time"] + offset
     engine = Engine(times, blocks, times.tp_size)
     is_lockstep = times.dp_size > 1 and model.num_moe_layers > 0
