@@ -6,7 +6,7 @@ other costs, fitted on *other* shapes. What comes out of the lanes: the length o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,7 +274,7 @@ def _rows(name: str, case: Case, worst: float) -> list[Row]:
 def run(
     *, model: str = MODEL, shapes: Sequence[Shape] = SHAPES, fit_shapes: Sequence[Shape] = FIT_SHAPES,
     blocks: int = 3, repeats: int = 20, num_ranks: int = 2, attempts: int = ATTEMPTS,
-    more_shapes: Sequence[Shape] = MORE_RANKS_SHAPES,
+    more_shapes: Sequence[Shape] = MORE_RANKS_SHAPES, progress: Callable[[str], None] | None = None,
 ) -> Section:  # fmt: skip
     """Return the section: spans and the paired ratio of sbo to none, with the spread between blocks."""
     spec = model_spec(model)
@@ -286,8 +286,15 @@ def run(
         per_token = [b.seconds["compute"] / (s.batch * s.queries) for s, b in zip(fit_shapes, found, strict=True)]
         return fit_beside(found), float(np.median(per_token))
 
+    def tell(what: str) -> None:
+        if progress is not None:
+            progress(f"ranks: {what}")
+
     beside, per_token_s = fitted(num_ranks)
-    cases = [run_case(spec, shape, beside, per_token_s, num_ranks=num_ranks, **settings) for shape in shapes]
+    cases = []
+    for at, shape in enumerate(shapes, start=1):
+        tell(f"case {at} of {len(shapes)}: {shape}")
+        cases.append(run_case(spec, shape, beside, per_token_s, num_ranks=num_ranks, **settings))
     for shape, case in zip(shapes, cases, strict=True):
         section.rows += _rows(str(shape), case, 0.12)
     errors = [abs(case.predicted[m] / case.measured[m] - 1) for case in cases for m in MODES]
@@ -307,6 +314,7 @@ def run(
     if more_shapes:
         beside, per_token_s = fitted(MORE_RANKS)
         for shape in more_shapes:
+            tell(f"{MORE_RANKS} ranks: {shape}")
             case = run_case(spec, shape, beside, per_token_s, num_ranks=MORE_RANKS, **settings)
             section.rows += _rows(f"{MORE_RANKS} ranks, {shape}", case, 0.15)
     return section

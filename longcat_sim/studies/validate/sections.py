@@ -19,6 +19,8 @@ SECTIONS: dict[str, str] = {
     "transfer": "op times fitted on some systems, predicted for others",
     "ranks": "two real gloo ranks of the executable model, with and without overlap",
 }
+MINUTES = frozenset({"ranks"})
+"""Sections that take minutes and tell how far they are."""
 
 
 def run_sections(names: Sequence[str] = (), progress: Callable[[str], None] | None = None) -> list[Section]:
@@ -37,5 +39,5 @@ def run_sections(names: Sequence[str] = (), progress: Callable[[str], None] | No
         if progress is not None:
             progress(f"{name}: {SECTIONS[name]}")
         module = importlib.import_module(f"longcat_sim.studies.validate.{name.replace('-', '_')}")
-        found.append(module.run())
+        found.append(module.run(progress=progress) if name in MINUTES else module.run())
     return found
