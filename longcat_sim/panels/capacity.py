@@ -8,7 +8,7 @@ import numpy as np
 
 from longcat_sim.capacity.screen import Screened, pareto
 from longcat_sim.figures.prediction import PALETTE
-from longcat_sim.panels.base import Control, Panel
+from longcat_sim.panels.base import Control, Panel, put
 
 MAX_POINTS = 800
 
@@ -50,7 +50,7 @@ class CapacityPanel(Panel):
             x=[], y=[], mode="markers", marker={"size": 15, "symbol": "star", "color": "#d1495b"}, name="cheapest"
         )
         figure.update_layout(
-            template="plotly_white", height=440, margin={"l": 10, "r": 10, "t": 30, "b": 8},
+            height=440, margin={"l": 10, "r": 10, "t": 30, "b": 8},
             xaxis={"title": "output tokens/s of one user", "type": "log"},
             yaxis={"title": "USD per million output tokens", "type": "log"},
         )  # fmt: skip
@@ -67,21 +67,22 @@ class CapacityPanel(Panel):
         speed, usd = self.screened.columns["tokens_per_s_per_user"], self.usd()
         for trace, name in zip(self.figure.data, self.prices, strict=False):
             at = self.sample[self.devices[self.sample] == name]
-            trace.x, trace.y = speed[at], usd[at]
+            put(trace, x=speed[at], y=usd[at])
         within = self.screened.columns["tpot_s"] * 1e3 <= self.values["tpot_ms"]
         within &= self.screened.columns["num_gpus"] <= self.values["num_gpus"]
         line, star = self.figure.data[-2:]
         if not within.any():
-            line.x = line.y = star.x = star.y = []
+            for trace in (line, star):
+                put(trace, x=[], y=[])
             fastest = self.screened.row(int(np.argmin(self.screened.columns["tpot_s"])))
             self.text = (
                 f"nothing is that fast; the fastest is {fastest['deployment']}, {fastest['tpot_s'] * 1e3:.3g} ms"
             )
             return
         front = pareto({"usd": usd, "speed": speed}, {"usd": 1, "speed": -1}, within)
-        line.x, line.y = speed[front], usd[front]
+        put(line, x=speed[front], y=usd[front])
         best = front[0]
-        star.x, star.y = [speed[best]], [usd[best]]
+        put(star, x=[speed[best]], y=[usd[best]])
         row = self.screened.row(best)
         self.text = (
             f"{row['deployment']}, {row['sequences_per_gpu']:g} sequences per GPU: {usd[best]:.3g} USD per million "

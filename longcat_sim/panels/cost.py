@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 
 from longcat_sim.capacity.candidates import room_of
-from longcat_sim.capacity.samples import curve
-from longcat_sim.capacity.screen import Times
+from longcat_sim.capacity.screen import Times, figures_of
 from longcat_sim.errors import CapacityError
 from longcat_sim.figures.cost import cost_figure
-from longcat_sim.panels.base import Control, Panel
+from longcat_sim.panels.base import Control, Panel, put
+from longcat_sim.panels.knots import Knots
+from longcat_sim.simulation.step import step_seconds_many
+from longcat_sim.specs.deployment import Speculative
 from longcat_sim.specs.scenario import Scenario
 
 BATCHES = np.unique(np.round(np.geomspace(1, 512, 28)))
@@ -24,7 +26,7 @@ class CostPanel(Panel):
         if scenario.step is None or scenario.step.phase != "decode":
             raise CapacityError(f"{scenario.where}: step: expected a decode step for this panel; add one")
         self.scenario, self.op_times = scenario, op_times
-        self._curves: dict[Any, Any] = {}
+        self._knots = Knots()
         step, speculative = scenario.step, scenario.speculative
         controls = [
             Control("usd_per_gpu_hour", "USD per GPU-hour", scenario.usd_per_gpu_hour, 0.1, 20.0, 0.05),
@@ -47,20 +49,26 @@ class CostPanel(Panel):
         return figure
 
     def _curve(self) -> Any:
-        """Return the curve at the present context and acceptance; price and utilisation only scale it."""
-        context = round(self.values["context_tokens"])
-        key = (context, self.values.get("acceptance"))
-        if key not in self._curves:
-            changes: dict[str, Any] = {"step.context_tokens": context}
-            if "acceptance" in self.values:
-                rate = float(self.values["acceptance"])
-                changes["speculative.acceptance"] = [rate] * self.scenario.speculative.draft_tokens
-            of = self.scenario.what_if(changes)
-            fitting = BATCHES[room_of(of, context) >= BATCHES]
-            if not len(fitting):
-                raise CapacityError(f"no sequence of {context} tokens fits in memory; shorten the context")
-            self._curves[key] = curve(of, self.op_times(of.hardware), fitting)
-        return self._curves[key]
+        """Return the curve at the present context and acceptance.
+
+        A step's time is solved at twelve contexts a decade and read between them; drafts are verified
+        whether they are accepted or not, so acceptance, price and utilisation do not change it.
+        """
+        context, of = float(round(self.values["context_tokens"])), self.scenario
+        batches = BATCHES[room_of(of, context) >= BATCHES]
+        if not len(batches):
+            raise CapacityError(f"no sequence of {context:.0f} tokens fits in memory; shorten the context")
+
+        def solve(tokens: float) -> Any:
+            return step_seconds_many(of, self.op_times(of.hardware), BATCHES, tokens)
+
+        step_s = self._knots.read("context", context, solve)[: len(batches)]
+        per_step = of.speculative.tokens_per_step
+        if "acceptance" in self.values:
+            accepted = (float(self.values["acceptance"]),) * of.speculative.draft_tokens
+            per_step = Speculative(draft_tokens=of.speculative.draft_tokens, acceptance=accepted).tokens_per_step
+        made = figures_of(of, batches, step_s * (of.speculative.tokens_per_step / per_step))
+        return {**made, "step_s": step_s}
 
     def _update(self) -> None:
         made = self._curve()
@@ -68,13 +76,13 @@ class CostPanel(Panel):
         factor = self.values["usd_per_gpu_hour"] / self.values["utilisation"] / base
         usd = made["usd_per_million_output_tokens"] * factor
         line, star = self.figure.data
-        line.x, line.y, line.customdata = made["tokens_per_s_per_user"], usd, made["sequences_per_gpu"]
+        put(line, x=made["tokens_per_s_per_user"], y=usd, customdata=made["sequences_per_gpu"])
         batches = made["sequences_per_gpu"]
         at = min(max(self.values["sequences_per_gpu"], batches[0]), batches[-1])
         step_s = float(np.interp(at, batches, made["step_s"]))
         rate = float(np.interp(at, batches, made["step_s"] / made["tpot_s"])) / step_s
         chosen = self.values["usd_per_gpu_hour"] / 3600 / self.values["utilisation"] / (at * rate) * 1e6
-        star.x, star.y = [rate], [chosen]
+        put(star, x=[rate], y=[chosen])
         self.text = (
             f"{chosen:.3g} USD per million output tokens at {rate:.3g} tokens/s per user, {at:.0f} sequences per GPU"
             + (f" (memory holds {batches[-1]:.0f} at most)" if at < self.values["sequences_per_gpu"] else "")

@@ -60,7 +60,7 @@ class ErrorsPanel(Panel):
             )  # fmt: skip
         figure.add_vline(x=1.0, line_color="#8a94a3", line_width=1)
         figure.update_layout(
-            template="plotly_white", margin={"l": 10, "r": 10, "t": 30, "b": 8},
+            margin={"l": 10, "r": 10, "t": 30, "b": 8},
             xaxis={"title": "predicted / measured or published", "type": "log"},
             yaxis={"automargin": True, "autorange": "reversed"},
             legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},

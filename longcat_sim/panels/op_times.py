@@ -73,7 +73,7 @@ class OpTimesPanel(Panel):
             error_y={"type": "data", "symmetric": False, "array": [], "arrayminus": []},
         )  # fmt: skip
         figure.update_layout(
-            template="plotly_white", height=420, margin={"l": 10, "r": 10, "t": 30, "b": 8},
+            height=420, margin={"l": 10, "r": 10, "t": 30, "b": 8},
             xaxis={"type": "log"}, yaxis={"type": "log", "title": "µs"},
         )  # fmt: skip
         return figure

@@ -10,7 +10,7 @@ from longcat_sim.ops.attention import StepSize
 from longcat_sim.ops.graph import step_graph
 from longcat_sim.ops.op import OpTimesLike
 from longcat_sim.ops.schedules import SCHEDULES
-from longcat_sim.panels.base import Control, Panel
+from longcat_sim.panels.base import Control, Panel, put
 from longcat_sim.simulation.lanes import LaneEngine, Timeline
 from longcat_sim.simulation.load import typical_load
 from longcat_sim.simulation.program import build_program
@@ -95,7 +95,7 @@ class OverlapPanel(Panel):
                 hovertemplate="%{customdata}<br>%{base:.1f} µs, %{x:.1f} µs long<extra></extra>",
             )  # fmt: skip
         figure.update_layout(
-            barmode="overlay", bargap=0.35, xaxis_title="time, µs", template="plotly_white", height=300,
+            barmode="overlay", bargap=0.35, xaxis_title="time, µs", height=300,
             legend={"orientation": "h", "y": -0.3}, margin={"l": 10, "r": 10, "t": 48, "b": 8},
             yaxis={"categoryorder": "array", "categoryarray": ["communication", "compute"], "automargin": True},
         )  # fmt: skip
@@ -117,10 +117,8 @@ class OverlapPanel(Panel):
                 rows[group].append(((first - start) * 1e6, (last - first) * 1e6, program.lanes[item.lane], item.name))
         for trace in self.figure.data:
             bars = rows[trace.name]
-            trace.base = [bar[0] for bar in bars]
-            trace.x = [bar[1] for bar in bars]
-            trace.y = [bar[2] for bar in bars]
-            trace.customdata = [bar[3] for bar in bars]
+            base, x, y, names = ([bar[at] for bar in bars] for at in range(4))
+            put(trace, base=base, x=x, y=y, customdata=names)
         exchange = [bar for bar in rows["exchange"] if bar[2] != "compute"]
         hidden = _hidden_us([bar for group in rows.values() for bar in group if bar[2] == "compute"], exchange)
         total = sum(bar[1] for bar in rows["exchange"])

@@ -44,7 +44,7 @@ class ParametersPanel(Panel):
             hovertemplate="%{x}: %{y:.4g} B used<extra></extra>",
         )  # fmt: skip
         figure.update_layout(
-            template="plotly_white", height=380, barmode="group", margin={"l": 10, "r": 10, "t": 30, "b": 8},
+            height=380, barmode="group", margin={"l": 10, "r": 10, "t": 30, "b": 8},
             yaxis={"title": "billion parameters", "type": "log"},
         )  # fmt: skip
         return figure

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from longcat_sim.errors import CapacityError
-from longcat_sim.panels.base import Control, Panel
+from longcat_sim.panels.base import Control, Panel, put
 
 Run = Callable[[float], Mapping[str, Any]]
 """Arrival rate of one replica (1/s) -> ttft_s, ttft_p99_s, tpot_s, tpot_p99_s, attained."""
@@ -67,22 +67,21 @@ class ServingPanel(Panel):
         figure.update_xaxes(title_text="requests/s of the fleet")
         figure.update_yaxes(title_text="s", row=1, col=1, rangemode="tozero")
         figure.update_yaxes(title_text="ms", row=1, col=2, rangemode="tozero")
-        figure.update_layout(template="plotly_white", height=400, margin={"l": 10, "r": 10, "t": 48, "b": 8})
+        figure.update_layout(height=400, margin={"l": 10, "r": 10, "t": 48, "b": 8})
         return figure
 
     def _update(self) -> None:
         count = max(1, round(self.values["replicas"]))
         rate = self.values["requests_per_s"]
         each = rate / count
-        # x and y together: a browser drops the y of a trace that it was first given with an empty x
         for trace, (name, _) in zip(self.figure.data[:4], SERIES, strict=True):
             scale = 1e3 if name.startswith("tpot") else 1.0
-            trace.x, trace.y = self.rates * count, self.simulated[name] * scale
+            put(trace, x=self.rates * count, y=self.simulated[name] * scale)
         at = {name: float(np.interp(each, self.rates, values)) for name, values in self.simulated.items()}
         beyond = each > self.rates[-1]
         marks = ((self.figure.data[4], at["ttft_s"]), (self.figure.data[5], at["tpot_s"] * 1e3))
         for trace, value in marks:
-            trace.x, trace.y = ([], []) if beyond else ([rate], [value])
+            put(trace, x=[] if beyond else [rate], y=[] if beyond else [value])
         usd = self.usd_per_hour * count / 3600 / (rate * self.output_tokens) * 1e6
         if beyond:
             self.text = f"{each:.3g} requests/s per replica is beyond what was simulated ({self.rates[-1]:.3g})"

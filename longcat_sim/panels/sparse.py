@@ -39,7 +39,7 @@ class SparsePanel(Panel):
         for name, color in (("dense", "#8a94a3"), ("top-k", "#2a6f97")):
             figure.add_scatter(x=[], y=[], mode="lines+markers", name=name, line={"color": color}, marker={"size": 5})
         figure.update_layout(
-            template="plotly_white", height=400, margin={"l": 10, "r": 10, "t": 30, "b": 8},
+            height=400, margin={"l": 10, "r": 10, "t": 30, "b": 8},
             xaxis={"type": "log", "title": "context, tokens"}, yaxis={"type": "log", "title": "decode step, ms"},
         )  # fmt: skip
         return figure

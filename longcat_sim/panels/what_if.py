@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from longcat_sim.capacity.paths import number_at
-from longcat_sim.capacity.samples import fast_figures
+from longcat_sim.capacity.samples import decode_figures, fast_figures
 from longcat_sim.capacity.screen import Times
 from longcat_sim.errors import CapacityError
-from longcat_sim.panels.base import Control, Panel
+from longcat_sim.panels.base import Control, Panel, put
+from longcat_sim.panels.knots import Knots
 from longcat_sim.panels.overlap import overlaps_of
 from longcat_sim.specs.base import ParsedFloat
 from longcat_sim.specs.scenario import Scenario
@@ -42,17 +45,18 @@ class WhatIfPanel(Panel):
                     self.paths[name] = path
             except CapacityError:
                 continue
+        self._knots, self._knob = Knots(), next(name for name in self.paths if name != "price")
         self.base = fast_figures(scenario, op_times(scenario.hardware))
         overlaps = overlaps_of(scenario)
         controls = [Control(name, f"{name}, times today's", 1.0, 0.1, 10.0, is_log=True) for name in self.paths]
         controls.append(Control("overlap", "overlap", scenario.deployment.overlap, choices=overlaps))
         super().__init__(controls)
 
-    def changed(self) -> Scenario:
-        """Return the scenario that the controls describe."""
+    def changed(self, **factors: float) -> Scenario:
+        """Return the scenario that the controls describe, some at other factors."""
         changes: dict[str, Any] = {}
         for name, path in self.paths.items():
-            factor = self.values[name]
+            factor = factors.get(name, self.values[name])
             if factor == 1.0:
                 continue
             paths = [path]
@@ -68,21 +72,38 @@ class WhatIfPanel(Panel):
 
         figure = go.Figure()
         names = [name for name, _, _ in SHOWN]
-        figure.add_bar(x=names, y=[1.0] * len(names), name="today", marker={"color": "#8a94a3"})
+        today = [f"{self.base[key] * scale:.3g}" for _, key, scale in SHOWN]
+        figure.add_bar(x=names, y=[1.0] * len(names), text=today, name="today", marker={"color": "#8a94a3"})
         figure.add_bar(x=names, y=[1.0] * len(names), name="what if", marker={"color": "#2a6f97"})
         figure.update_layout(
-            template="plotly_white", height=380, barmode="group", yaxis={"title": "relative to today"},
+            height=380, barmode="group", yaxis={"title": "relative to today"},
             title="What would it buy?", margin={"l": 10, "r": 10, "t": 48, "b": 8},
         )  # fmt: skip
         return figure
 
+    def _step_s(self) -> float:
+        """Return a step's seconds, read between solved factors of the knob that moved last; the price moves none."""
+        hardware = {name: float(self.values[name]) for name in self.paths if name != "price"}
+        knob = next((name for name in reversed(self.moved) if name in hardware), self._knob)
+        self._knob = knob
+        others = (self.values["overlap"], knob, *(factor for name, factor in hardware.items() if name != knob))
+
+        def solve(factor: float) -> Any:
+            of = self.changed(**{knob: factor})
+            return np.array(fast_figures(of, self.op_times(of.hardware))["step_s"])
+
+        return float(self._knots.read(others, hardware[knob], solve))
+
     def _update(self) -> None:
-        of = self.changed()
-        got = fast_figures(of, self.op_times(of.hardware))
-        bars = self.figure.data[1]
-        bars.y = [got[key] / self.base[key] for _, key, _ in SHOWN]
-        bars.text = [f"{got[key] * scale:.3g}" for _, key, scale in SHOWN]
-        self.figure.data[0].text = [f"{self.base[key] * scale:.3g}" for _, key, scale in SHOWN]
+        got = decode_figures(self.scenario, self._step_s())
+        rent = self.scenario.price.usd_per_gpu_hour
+        if rent is not None and "price" in self.paths:
+            paid = self.scenario.usd_per_gpu_hour
+            got["usd_per_million_output_tokens"] *= 1 + (self.values["price"] - 1) * rent / paid
+        put(
+            self.figure.data[1], y=[got[key] / self.base[key] for _, key, _ in SHOWN],
+            text=[f"{got[key] * scale:.3g}" for _, key, scale in SHOWN],
+        )  # fmt: skip
         self.text = (
             f"{got['tpot_s'] * 1e3:.3g} ms per token (today {self.base['tpot_s'] * 1e3:.3g}), "
             f"{got['usd_per_million_output_tokens']:.3g} USD per million output tokens "

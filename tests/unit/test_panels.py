@@ -125,3 +125,31 @@ def test_a_widget_has_a_slider_per_control(base: Scenario) -> None:
     sliders[0].value = 4.0
     assert panel.figure.data[1].y[0] == pytest.approx(2 * before)
     assert "USD per million" in box.children[2].value
+
+
+def test_between_solved_factors_a_step_is_read_to_half_a_percent(base: Scenario) -> None:
+    """The what-if panel solves twelve factors a decade, the cost panel as many contexts; in between it reads."""
+    from longcat_sim.capacity.samples import fast_figures
+
+    panel = WhatIfPanel(base, Roofline)
+    for name, factor in (("memory bandwidth", 1.15), ("scale-out bandwidth", 0.43), ("scale-out latency", 3.1)):
+        panel.set(**{name: factor})
+        of = panel.changed()
+        exact = fast_figures(of, Roofline(of.hardware))
+        assert panel.figure.data[1].y[0] == pytest.approx(exact["tpot_s"] / panel.base["tpot_s"], rel=5e-3), name
+    cost = CostPanel(base, Roofline)
+    cost.set(context_tokens=6543.0, acceptance=0.6)
+    of = base.what_if({"step.context_tokens": 6543, "speculative.acceptance": [0.6]})
+    exact = fast_figures(of, Roofline(of.hardware))
+    assert f"{exact['usd_per_million_output_tokens']:.3g} USD" in cost.text
+    assert cost.figure.data[1].x[0] == pytest.approx(1 / exact["tpot_s"], rel=5e-3)
+
+
+def test_a_move_sends_only_what_changed(base: Scenario) -> None:
+    panel = CostPanel(base, Roofline)
+    sent: list[list[int]] = []
+    panel.figure._send_update_msg = lambda **message: sent.append(list(message["trace_indexes"]))
+    panel.set(sequences_per_gpu=32.0)
+    assert sent == [[1]]  # the star; the curve is another batch's business
+    panel.set(usd_per_gpu_hour=3.0)
+    assert sent == [[1], [0, 1]]
