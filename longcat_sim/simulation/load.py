@@ -174,9 +174,9 @@ def draw_loads(
 def draw_contexts(
     mean: float, spread: float, sequences: float, *, ranks: int, tp_size: int = 1, draws: int = 1, seed: int = 0
 ) -> FloatArray:
-    """Return the mean context of each rank's sequences [1, draws, ranks]; ranks of one tensor-parallel group share them.
+    """Return each rank's mean context [1, draws, ranks]; ranks of one tensor-parallel group share their sequences.
 
-    Contexts are gamma distributed with coefficient of variation ``spread``, so the mean of ``sequences`` of them is too.
+    Contexts are gamma distributed with coefficient of variation ``spread``; so is the mean of ``sequences`` of them.
     """
     shape = sequences / spread**2
     rng = np.random.default_rng((seed, 4))
@@ -192,8 +192,11 @@ def busiest_context(spread: float, sequences: FloatArray, ranks: int) -> FloatAr
     """
     from scipy.stats import gamma
 
-    shape = np.asarray(sequences, dtype=float) / spread**2
-    return np.asarray(gamma.ppf((ranks - 0.375) / (ranks + 0.25), shape) / shape)
+    sequences = np.asarray(sequences, dtype=float)
+    holding = np.clip(sequences * ranks, 1.0, ranks)  # below one sequence a rank, some have none
+    shape = np.maximum(sequences, 1.0) / spread**2
+    longest = gamma.ppf((holding - 0.375) / (holding + 0.25), shape) / shape
+    return np.asarray(np.where(holding > 1, np.maximum(longest, 1.0), 1.0))
 
 
 def typical_load(

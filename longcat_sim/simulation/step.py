@@ -287,16 +287,26 @@ def _arrays(program: Program, law: ContentionLaw) -> tuple[FloatArray, FloatArra
 def step_seconds_many(
     scenario: Scenario, op_times: OpTimesLike, sequences: Any, context: Any, *, phase: str = "decode",
     queries: Any = None, seed: int = 0, contention: str | ContentionLaw = "max_min", beside_sequences: Any = None,
-    beside_context: Any = None,
+    beside_context: Any = None, context_spread: float | None = None,
 ) -> FloatArray:  # fmt: skip
     """Return the seconds of many steps at once [points]: one busiest rank stands for all, and layers in steady state
     are simulated once.
 
     ``sequences`` are per GPU and may be below 1 (then a step is as long as at 1 row). In prefill ``queries`` are the
     new tokens of each prompt and ``context`` what its last token attends to; ``beside_sequences`` of mean context
-    ``beside_context`` decode in the same pass.
+    ``beside_context`` decode in the same pass. ``context_spread`` is the coefficient of variation of the contexts in
+    decode, by default that of the scenario's step.
     """
     model, deployment = scenario.model, scenario.deployment
+    if context_spread is None:
+        context_spread = scenario.step.context_spread if isinstance(scenario.step, DecodeStep) else 0.0
+
+    def slowest(each: FloatArray, attended: FloatArray) -> FloatArray:
+        """Return the mean context of the rank that all others wait for."""
+        if not context_spread:
+            return attended
+        return attended * busiest_context(context_spread, each, _widest(deployment) // deployment.tp_size)
+
     columns = np.broadcast_arrays(
         np.asarray(sequences, dtype=float), np.asarray(context, dtype=float),
         np.asarray(1.0 + scenario.speculative.draft_tokens if queries is None else queries, dtype=float),
@@ -310,10 +320,9 @@ def step_seconds_many(
             np.broadcast_to(np.asarray(column, dtype=float), shape).reshape(-1, 1)
             for column in (beside_sequences, beside_context)
         )
-        beside = StepSize("decode", decoding, verified, attended)
-    step = scenario.step
-    if phase == "decode" and isinstance(step, DecodeStep) and step.context_spread:
-        length = length * busiest_context(step.context_spread, batch, _widest(deployment) // deployment.tp_size)
+        beside = StepSize("decode", decoding, verified, slowest(decoding, attended))
+    if phase == "decode":
+        length = slowest(batch, length)
     size = StepSize(phase, batch, new, np.maximum(length, new), beside)
     load = None
     if model.num_moe_layers:

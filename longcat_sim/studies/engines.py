@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from longcat_sim.ops.memory import kv_bytes_per_token, memory
 from longcat_sim.ops.op import FloatArray, OpTimesLike
 from longcat_sim.simulation.serving.cluster import Engine, KvLink
 from longcat_sim.simulation.serving.step_times import StepTimeGrid
+from longcat_sim.simulation.serving.synthetic import Synthetic
+from longcat_sim.simulation.serving.workload import TraceReader
 from longcat_sim.simulation.step import step_seconds_many
 from longcat_sim.specs.scenario import Scenario
 from longcat_sim.specs.serve import Pool, Serve
@@ -19,6 +23,8 @@ from longcat_sim.specs.serve import Pool, Serve
 WEIGHT_LOAD_BYTES_PER_S = 5e9
 """Rate at which a starting replica's GPU gets its weights where the profile has no host link. Assumed."""
 MAX_CONTEXT_TOKENS = 131072
+SAMPLED_REQUESTS = 2000
+"""Requests that tell how far a workload's contexts lie apart (2 % of their coefficient of variation)."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,12 @@ class StepFunction:
     ) -> FloatArray:  # fmt: skip
         """Return seconds [N]; sizes are of the whole replica."""
         gpus = self.scenario.deployment.num_gpus
+        spread = decode_context_spread(self.scenario.serve) if self.scenario.serve else None
         seconds = np.zeros(len(batch))
         pure = prefill <= 0
         if pure.any():
             seconds[pure] = step_seconds_many(
-                self.scenario, self.op_times, batch[pure] / gpus, np.maximum(context[pure], 1.0)
+                self.scenario, self.op_times, batch[pure] / gpus, np.maximum(context[pure], 1.0), context_spread=spread
             )
         mixed = ~pure
         if mixed.any():
@@ -52,8 +59,29 @@ class StepFunction:
             seconds[mixed] = step_seconds_many(
                 self.scenario, self.op_times, tokens / queries / gpus, attended, phase="prefill", queries=queries,
                 beside_sequences=batch[mixed] / gpus, beside_context=np.maximum(context[mixed], 1.0),
+                context_spread=spread,
             )  # fmt: skip
         return seconds
+
+
+@lru_cache(maxsize=64)
+def decode_context_spread(serve: Serve) -> float:
+    """Return the coefficient of variation of the contexts that are in decode, from the workload's first requests.
+
+    A sequence of i prompt and o output tokens is in decode for o steps, at contexts i to i + o. 0 without a workload.
+    """
+    workload = serve.workload
+    if workload.trace is None and workload.arrivals is None:
+        return 0.0
+    source = TraceReader(serve) if workload.trace is not None else Synthetic(serve, 0)
+    sizes = [(request.input, request.output) for request in islice(source, SAMPLED_REQUESTS)]
+    prompt, output = np.array(sizes, dtype=float).reshape(-1, 2).T
+    weight = output.sum()
+    if not weight:
+        return 0.0
+    mean = (output * (prompt + output / 2)).sum() / weight
+    square = (output * (prompt**2 + prompt * output + output**2 / 3)).sum() / weight
+    return float(np.sqrt(max(0.0, square / mean**2 - 1)))
 
 
 def step_grid(scenario: Scenario, op_times: OpTimesLike, serve: Serve) -> StepTimeGrid:

@@ -126,3 +126,10 @@ def test_spread_contexts_lengthen_a_step_by_what_the_slowest_rank_attends_to():
     assert even < found <= all_long * (1 + 1e-9)
     assert found - even > 0.8 * (all_long - even)
     assert float(step_seconds_many(spread, times, 96, 5000)) > float(step_seconds_many(case, times, 96, 5000))
+
+
+def test_one_rank_waits_for_nobody_and_few_sequences_meet_few_others():
+    assert busiest_context(0.9, np.array([[4.0]]), 1).item() == 1.0
+    factors = busiest_context(0.9, np.array([[1 / 128], [2 / 128], [1.0], [16.0]]), 128).ravel()
+    assert factors[0] == 1.0  # a single sequence
+    assert factors[1] < factors[2] > factors[3] > 1.0
