@@ -22,7 +22,8 @@ from dataclasses import dataclass
 
 from longcat_sim.calibration.active_experts import ActiveExperts
 from longcat_sim.calibration.engine_links import ONE_SHOT_BYTES, Link
-from longcat_sim.calibration.layer_profile import LayerProfile, interpolate
+from longcat_sim.calibration.layer_profile import LayerProfile
+from longcat_sim.calibration.profile_tables import interpolate
 from longcat_sim.specs.model import ModelSpec
 
 Shape = tuple[Sequence[int], Sequence[tuple[int, int]]]
@@ -70,7 +71,7 @@ class EngineTimes:
         self.counts = {"layernorm": 2, "qk_norm": self.profile.calls_of("qk_norm")}
         self._dense: dict[int, tuple[float, float]] = {}
         moe_layers = self.model.num_moe_layers
-        self.num_moe = moe_layers if self.profile.moe else 0
+        self.num_moe = moe_layers if self.profile.moe or self.profile.components else 0
         self.num_dense = self.model.num_layers - self.num_moe
 
     def rows(self, tokens: int) -> int:
@@ -148,7 +149,11 @@ class EngineTimes:
         ranks = self.dp_size * self.tp_size
         gathered = sum(rows) if self.dp_size > 1 else rows[0]
         active = self.active.busiest(gathered) if self.is_expert_parallel else self.active.mean(gathered)
-        time = self.profile.moe_us(ranks, gathered, active)
+        if self.profile.components and self.is_expert_parallel:
+            is_graph = bool(self.sizes) and max(rows) <= self.sizes[-1]
+            time = self.profile.components.us(rows, active, is_graph)
+        else:
+            time = self.profile.moe_us(ranks, gathered, active)
         if self.link and self.dp_size > 1:
             hidden = [row * model.hidden_size * 2.0 for row in rows]
             chosen = [row * model.moe_topk * 4.0 for row in rows]  # gate weights (fp32), expert ids (int32)

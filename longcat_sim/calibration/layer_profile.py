@@ -10,9 +10,8 @@ Source: casys-kaist/LLMServingSim, documentation of the profiler's output bundle
 
 from __future__ import annotations
 
-import csv
 import json
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,86 +19,15 @@ from pathlib import Path
 
 import numpy as np
 
+from longcat_sim.calibration.moe_components import MoeComponents, read_components
+from longcat_sim.calibration.profile_tables import Curve, bracket, interpolate, numbers, table_header, table_rows
 from longcat_sim.errors import MeasurementError
-
-Curve = tuple[list[float], list[float]]
-"""(ascending nodes, values)"""
-
-
-def _bracket(nodes: Sequence[float], x: float) -> tuple[int, float]:
-    """Return (index of the lower node, weight of the upper one); beyond the ends the weight leaves 0..1."""
-    if len(nodes) == 1:
-        return 0, 0.0
-    j = min(max(bisect_right(nodes, x) - 1, 0), len(nodes) - 2)
-    return j, (x - nodes[j]) / (nodes[j + 1] - nodes[j])
-
-
-def interpolate(curve: Curve, x: float) -> float:
-    """Return the piecewise linear value at ``x``; below the first node its value, above the last its last slope."""
-    nodes, values = curve
-    if x <= nodes[0] or len(nodes) == 1:
-        return values[0]
-    j, weight = _bracket(nodes, x)
-    return values[j] + (values[j + 1] - values[j]) * weight
-
-
-def _rows(path: Path, columns: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Return the named columns of a CSV file; each may have several names, the first that is there counts.
-
-    Raises:
-        MeasurementError: the file or a column is missing.
-    """
-    if not path.is_file():
-        raise MeasurementError(f"{path}: expected a profile table; there is no such file; is this a profile folder?")
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        at = []
-        for names in columns:
-            found = next((name for name in names if name in header), None)
-            if found is None:
-                raise MeasurementError(
-                    f"{path}:1: expected a column {' or '.join(names)}; got {', '.join(header)}; is this that table?"
-                )
-            at.append(header.index(found))
-        rows = []
-        for row in reader:
-            if row and len(row) <= max(at):
-                raise MeasurementError(
-                    f"{path}:{reader.line_num}: expected {len(header)} values; got {len(row)}; mend it"
-                )
-            if row:
-                rows.append([row[i] for i in at])
-        return rows
-
-
-def _numbers(path: Path, row: Sequence[str]) -> list[float]:
-    """Return the values of a row.
-
-    Raises:
-        MeasurementError: one of them is no finite number.
-    """
-    try:
-        values = [float(value) for value in row]
-    except ValueError:
-        values = [float("nan")]
-    if not all(np.isfinite(values)):
-        raise MeasurementError(f"{path}: expected numbers; got {', '.join(row)!r}; mend the row")
-    return values
-
-
-def _header(path: Path) -> list[str]:
-    """Return the columns of a CSV file; none if there is no such file."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return next(csv.reader(file), [])
 
 
 def _curves(path: Path, axis: str) -> dict[str, Curve]:
     points: dict[str, dict[float, float]] = defaultdict(dict)
-    for layer, *row in _rows(path, (("layer",), (axis,), ("time_us",))):
-        x, time = _numbers(path, row)
+    for layer, *row in table_rows(path, (("layer",), (axis,), ("time_us",))):
+        x, time = numbers(path, row)
         points[layer][x] = time
     return {layer: (sorted(p), [p[x] for x in sorted(p)]) for layer, p in points.items()}
 
@@ -120,7 +48,7 @@ class AttentionTable:
     @classmethod
     def read(cls, path: Path) -> AttentionTable:
         """Read ``attention.csv``; ``prefill_key`` (mean keys per query) and ``kv_prefill`` are both understood."""
-        header = _header(path)
+        header = table_header(path)
         has_keys = "prefill_key" in header
         columns = [("prefill_chunk",), ("prefill_key", "kv_prefill"), ("n_decode",), ("kv_decode",), ("time_us",)]
         nested: dict[float, dict[float, dict[float, dict[float, float]]]] = defaultdict(
@@ -129,8 +57,8 @@ class AttentionTable:
         extra = [name for name in ("decode_q_len", "layer") if name in header]
         columns.extend((name,) for name in extra)
         kernels: set[str] = set()
-        for row in _rows(path, columns):
-            chunk, keys, count, kv, time = _numbers(path, row[:5])
+        for row in table_rows(path, columns):
+            chunk, keys, count, kv, time = numbers(path, row[:5])
             more = dict(zip(extra, row[5:], strict=True))
             if float(more.get("decode_q_len") or 1) != 1:
                 continue
@@ -167,7 +95,7 @@ class AttentionTable:
             return self._plane(0.0, 0.0, count, kv) if count else 0.0
         # between no prefill at all and the smallest measured one lies another kernel, not a line
         nodes = [c for c in self.chunks if c > 0]
-        j, weight = _bracket(nodes, max(tokens, nodes[0]))
+        j, weight = bracket(nodes, max(tokens, nodes[0]))
         low = self._plane(nodes[j], before, count, kv)
         if not weight or len(nodes) == 1:
             return low
@@ -177,7 +105,7 @@ class AttentionTable:
         nodes, by_keys = self.tables[chunk]
         if chunk and before < nodes[0]:
             return self._few_keys(chunk, before, count, kv)
-        j, weight = _bracket(nodes, before)
+        j, weight = bracket(nodes, before)
         low = self._line(by_keys[nodes[j]], count, kv)
         if not weight:
             return low
@@ -194,7 +122,7 @@ class AttentionTable:
     @staticmethod
     def _line(by_count: tuple[list[float], dict[float, Curve]], count: float, kv: float) -> float:
         counts, curves = by_count
-        j, weight = _bracket(counts, max(count, counts[0]))
+        j, weight = bracket(counts, max(count, counts[0]))
         low = interpolate(curves[counts[j]], kv)
         if not weight:
             return low
@@ -233,7 +161,7 @@ class SkewTable:
             MeasurementError: the table has neither controls nor requests.
         """
         table = cls()
-        header = _header(path)
+        header = table_header(path)
         if not header:
             return table
         names = [name for name in ("n", "pc", "t_mean_us", "t_max_us", "requests_json") if name in header]
@@ -243,12 +171,12 @@ class SkewTable:
                 "is this a table of unequal contexts?"
             )
         rows = []
-        for values in _rows(path, [(name,) for name in (*names, "t_skew_us")]):
+        for values in table_rows(path, [(name,) for name in (*names, "t_skew_us")]):
             cells = dict(zip(names, values, strict=False))
             if all(cells.get(name) for name in ("n", "pc", "t_mean_us", "t_max_us")):
-                rows.append(_numbers(path, [*(cells[n] for n in ("n", "pc", "t_mean_us", "t_max_us")), values[-1]]))
+                rows.append(numbers(path, [*(cells[n] for n in ("n", "pc", "t_mean_us", "t_max_us")), values[-1]]))
             elif cells.get("requests_json"):
-                rows.append([*_controls(cells["requests_json"], attention), *_numbers(path, values[-1:])])
+                rows.append([*_controls(cells["requests_json"], attention), *numbers(path, values[-1:])])
         pools: dict[tuple[int, int, int], list[tuple[float, float]]] = defaultdict(list)
         for row in rows:
             count, tokens, low, high, time = row
@@ -297,9 +225,11 @@ class LayerProfile:
     skew: SkewTable
     moe: dict[int, tuple[list[float], dict[float, Curve]]]
     """Expert-parallel degree -> (activated experts, count -> curve over tokens)"""
+    components: MoeComponents | None = None
+    """Experts, gate and finalisation measured apart, for this very deployment."""
 
     @classmethod
-    def read(cls, profile: Path, tp_size: int) -> LayerProfile:
+    def read(cls, profile: Path, tp_size: int, dp_size: int = 1) -> LayerProfile:
         """Read ``profile/tp<N>``, or ``profile`` itself if it holds the tables.
 
         Raises:
@@ -324,10 +254,11 @@ class LayerProfile:
             attention,
             SkewTable.read(folder / "skew.csv", attention),
             _read_moe(moe_path) if moe_path.is_file() else {},
+            read_components(folder, tp_size, dp_size) if dp_size > 1 else None,
         )
         lacks = [name for name in ("qkv_proj", "o_proj") if name not in table.dense]
         lacks += [name for name in ("lm_head",) if name not in table.per_sequence]
-        if not table.moe:
+        if not table.moe and not table.components:
             lacks += [name for name in ("gate_up_proj", "down_proj") if name not in table.dense]
         if lacks:
             raise MeasurementError(
@@ -371,17 +302,17 @@ class LayerProfile:
         degree = min(self.moe, key=lambda e: abs(e - ep_size))
         tokens = tokens * degree / ep_size
         counts, curves = self.moe[degree]
-        j, weight = _bracket(counts, min(max(experts, counts[0]), counts[-1]))
+        j, weight = bracket(counts, min(max(experts, counts[0]), counts[-1]))
         low = interpolate(curves[counts[j]], tokens)
         return low if not weight else low + (interpolate(curves[counts[j + 1]], tokens) - low) * weight
 
 
 def _read_moe(path: Path) -> dict[int, tuple[list[float], dict[float, Curve]]]:
-    has_ep = "ep" in _header(path)
+    has_ep = "ep" in table_header(path)
     columns = [("tokens", "local_tokens"), ("activated_experts",), ("time_us",), *([("ep",)] if has_ep else [])]
     nested: dict[int, dict[float, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
-    for row in _rows(path, columns):
-        tokens, experts, time = _numbers(path, row[:3])
+    for row in table_rows(path, columns):
+        tokens, experts, time = numbers(path, row[:3])
         nested[int(float(row[3])) if has_ep else 1][experts][tokens] = time
     return {
         ep: (sorted(by_experts), {e: (sorted(c), [c[t] for t in sorted(c)]) for e, c in by_experts.items()})

@@ -177,7 +177,7 @@ class RunFolder:
     def is_eager(self) -> bool:
         """Whether no CUDA graphs were used."""
         mode = self.setting("compilation_config", "cudagraph_mode")
-        return bool(self.setting("model_config", "enforce_eager")) or mode in (0, [0, 0], "NONE")
+        return bool(self.setting("model_config", "enforce_eager")) or mode in (0, [0, 0]) or str(mode).endswith("NONE")
 
     def model(self) -> ModelSpec:
         """Return the shape of the model; a local path that tells nothing is looked up by the deployment's names.

@@ -41,8 +41,8 @@ def _times(folder: RunFolder, model: ModelSpec) -> EngineTimes:
         raise MeasurementError(
             f"{folder.path / 'meta.json'}: pipeline_parallel_size: expected 1; pipelined engines are not covered"
         )
-    profile = LayerProfile.read(folder.path / "profile", tp)
-    if model.num_moe_layers and not profile.moe:
+    profile = LayerProfile.read(folder.path / "profile", tp, dp)
+    if model.num_moe_layers and not profile.moe and not profile.components:
         raise MeasurementError(
             f"{folder.path / 'profile'}: expected tp{tp}/moe.csv, the times of the experts of {model.name}; there is "
             "none; profile the experts on the card"

@@ -1,0 +1,96 @@
+"""Expert layers measured in parts for one data- and expert-parallel deployment (``tp<N>/moe_components.json``).
+
+Gate and finalisation see a rank's own rows, the experts the rows gathered from all ranks; each part was measured in
+CUDA graphs and eagerly. Source: LLMServingSim documentation, native MoE components (format).
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from longcat_sim.calibration.profile_tables import Curve, interpolate, numbers, table_rows
+from longcat_sim.errors import MeasurementError
+
+LOCAL = ("gate_routing", "finalize_copy")
+
+
+@dataclass(frozen=True)
+class ExpertSurface:
+    """Time by active experts and rows, both interpolated."""
+
+    counts: list[float]
+    curves: dict[float, Curve]
+
+    def us(self, rows: float, active: float) -> float:
+        """Return the time; active experts are held within what was measured."""
+        counts = self.counts
+        at = min(max(active, counts[0]), counts[-1])
+        j = min(max(bisect_right(counts, at) - 1, 0), max(len(counts) - 2, 0))
+        low = interpolate(self.curves[counts[j]], rows)
+        if len(counts) == 1 or at == counts[j]:
+            return low
+        weight = (at - counts[j]) / (counts[j + 1] - counts[j])
+        return low + (interpolate(self.curves[counts[j + 1]], rows) - low) * weight
+
+
+@dataclass(frozen=True)
+class MoeComponents:
+    """Parts of one expert layer on one rank, by mode (``graph`` or ``eager``)."""
+
+    local: dict[str, list[Curve]]
+    experts: dict[str, ExpertSurface]
+
+    def us(self, rows: Sequence[int], active: float, is_graph: bool) -> float:
+        """Return the time of one expert layer, collectives apart, on the rank with most rows of its own."""
+        mode = (
+            "graph"
+            if is_graph and "graph" in self.experts
+            else next(m for m in ("eager", "graph") if m in self.experts)
+        )
+        own = max(rows)
+        return sum(interpolate(curve, own) for curve in self.local[mode]) + self.experts[mode].us(sum(rows), active)
+
+
+def read_components(folder: Path, tp_size: int, dp_size: int) -> MoeComponents | None:
+    """Return the parts measured for this deployment with full expert parallelism; none where there are none.
+
+    Raises:
+        MeasurementError: the index names a table that cannot be read.
+    """
+    index = folder / "moe_components.json"
+    if not index.is_file():
+        return None
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))["entries"]
+        wanted = {"tp": tp_size, "dp": dp_size, "ep": tp_size * dp_size}
+        paths = [str(e["path"]) for e in entries if all(e["target"].get(key) == size for key, size in wanted.items())]
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as fault:
+        raise MeasurementError(
+            f"{index}: expected {{entries: [{{target: {{tp: 1, dp: 2, ep: 2}}, path: ...}}]}}; got {fault!r}; mend it"
+        ) from None
+    if not paths:
+        return None
+    path = folder / paths[0] / "components.csv"
+    local: dict[str, dict[str, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
+    surface: dict[str, dict[float, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
+    columns = [(name,) for name in ("component", "mode", "tokens", "activated_experts", "time_us")]
+    for part, mode, *row in table_rows(path, columns):
+        tokens, active, time = numbers(path, row)
+        if part in LOCAL:
+            local[mode][part][tokens] = time
+        elif part == "experts" and active > 0:
+            surface[mode][active][tokens] = time
+    if not surface:
+        raise MeasurementError(f"{path}: expected rows of the component experts; got none; measure them or remove it")
+    return MoeComponents(
+        {m: [(sorted(c), [c[t] for t in sorted(c)]) for c in local[m].values()] for m in surface},
+        {
+            m: ExpertSurface(sorted(s), {a: (sorted(c), [c[t] for t in sorted(c)]) for a, c in s.items()})
+            for m, s in surface.items()
+        },
+    )

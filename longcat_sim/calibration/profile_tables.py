@@ -1,0 +1,84 @@
+"""Tables of a layer profile: CSV rows with their faults, and curves with straight lines between the points."""
+
+from __future__ import annotations
+
+import csv
+from bisect import bisect_right
+from collections.abc import Sequence
+from math import isfinite
+from pathlib import Path
+
+from longcat_sim.errors import MeasurementError
+
+Curve = tuple[list[float], list[float]]
+"""(ascending nodes, values)"""
+
+
+def bracket(nodes: Sequence[float], x: float) -> tuple[int, float]:
+    """Return (index of the lower node, weight of the upper one); beyond the ends the weight leaves 0..1."""
+    if len(nodes) == 1:
+        return 0, 0.0
+    j = min(max(bisect_right(nodes, x) - 1, 0), len(nodes) - 2)
+    return j, (x - nodes[j]) / (nodes[j + 1] - nodes[j])
+
+
+def interpolate(curve: Curve, x: float) -> float:
+    """Return the piecewise linear value at ``x``; below the first node its value, above the last its last slope."""
+    nodes, values = curve
+    if x <= nodes[0] or len(nodes) == 1:
+        return values[0]
+    j, weight = bracket(nodes, x)
+    return values[j] + (values[j + 1] - values[j]) * weight
+
+
+def table_rows(path: Path, columns: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return the named columns of a CSV file; each may have several names, the first that is there counts.
+
+    Raises:
+        MeasurementError: the file or a column is missing.
+    """
+    if not path.is_file():
+        raise MeasurementError(f"{path}: expected a profile table; there is no such file; is this a profile folder?")
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        at = []
+        for names in columns:
+            found = next((name for name in names if name in header), None)
+            if found is None:
+                raise MeasurementError(
+                    f"{path}:1: expected a column {' or '.join(names)}; got {', '.join(header)}; is this that table?"
+                )
+            at.append(header.index(found))
+        rows = []
+        for row in reader:
+            if row and len(row) <= max(at):
+                raise MeasurementError(
+                    f"{path}:{reader.line_num}: expected {len(header)} values; got {len(row)}; mend it"
+                )
+            if row:
+                rows.append([row[i] for i in at])
+        return rows
+
+
+def numbers(path: Path, row: Sequence[str]) -> list[float]:
+    """Return the values of a row.
+
+    Raises:
+        MeasurementError: one of them is no finite number.
+    """
+    try:
+        values = [float(value) for value in row]
+    except ValueError:
+        values = [float("nan")]
+    if not all(isfinite(v) for v in values):
+        raise MeasurementError(f"{path}: expected numbers; got {', '.join(row)!r}; mend the row")
+    return values
+
+
+def table_header(path: Path) -> list[str]:
+    """Return the columns of a CSV file; none if there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return next(csv.reader(file), [])
