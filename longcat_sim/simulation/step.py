@@ -16,7 +16,7 @@ from longcat_sim.errors import ScheduleError, SpecError
 from longcat_sim.ops.attention import StepSize
 from longcat_sim.ops.graph import LayerLoad, exchange_mode, step_graph
 from longcat_sim.ops.memory import Memory, check_memory, kv_bytes_per_token, memory
-from longcat_sim.ops.op import FloatArray, OpTimesLike, Tag, worst_tag
+from longcat_sim.ops.op import FloatArray, OpTimesLike, Tag
 from longcat_sim.ops.schedules import schedule
 from longcat_sim.records.routing import RoutingTrace
 from longcat_sim.records.span import Span
@@ -373,8 +373,3 @@ def _tag_shares(timeline: Timeline) -> dict[Tag, float]:
         spent[item.tag] = spent.get(item.tag, 0.0) + float(seconds)
     total = sum(spent.values()) or 1.0
     return {tag: seconds / total for tag, seconds in spent.items()}
-
-
-def step_tag(result: StepResult) -> Tag:
-    """Return the least certain tag of the step's ops."""
-    return worst_tag(result.tags)

@@ -191,6 +191,8 @@ def run(folder: Path | None = None, **_: Any) -> Section:
     section.rows.append(Row("baseline: max(compute, communication)", "ms", max(compute, exchange) * 1e3, span * 1e3))
     section.rows.append(Row("baseline: union of busy time", "ms", busy_s(spans) * 1e3, span * 1e3))
     section.notes.append(
-        "durations are those of the trace, so contention is inside them; what is predicted is order, waiting and gaps"
+        "durations are those of the trace, so contention is inside them; what is predicted is order and waiting. The "
+        f"idle time between kernels ({KERNEL_GAP_S * 1e6:g} us) is a mean over gaps of this very trace, so the span is "
+        "not independent of it; the starts within the step are"
     )
     return section
