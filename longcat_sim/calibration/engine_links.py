@@ -221,7 +221,7 @@ def law_link(config: Mapping[str, Any], dimension: int) -> Link | None:
     bandwidth, latency = pick(config.get("link_bw")), pick(config.get("link_latency"))
     if not bandwidth or latency is None:
         return None
-    common = Collective(bandwidth * 2**30, latency * 1e-9)
+    common = Collective(bandwidth * 2**30, latency / 1e9)
     own = config.get("collective_links") or {}
     if not own:
         return common
@@ -230,6 +230,6 @@ def law_link(config: Mapping[str, Any], dimension: int) -> Link | None:
         entry = own.get(op) or {}
         laws[op] = Collective(
             (pick(entry.get("link_bw")) or bandwidth) * 2**30,
-            (latency if pick(entry.get("link_latency")) is None else pick(entry.get("link_latency")) or 0.0) * 1e-9,
+            (latency if pick(entry.get("link_latency")) is None else pick(entry.get("link_latency")) or 0.0) / 1e9,
         )
     return RingLaws(laws)
