@@ -9,9 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longcat_sim.cli.output import print_json, say
-from longcat_sim.specs.scenario import parse_changes
-from longcat_sim.specs.scenario import scenario as load_scenario
+from longcat_sim.cli.output import load, print_json, say
 
 
 def run(
@@ -26,7 +24,7 @@ def run(
     from longcat_sim.capacity.sweep import progress_line
     from longcat_sim.studies.capacity import capacity
 
-    made = load_scenario(scenario, parse_changes(set_ or []))
+    made = load(scenario, set_ or [])
     with _executor(dask, processes) as executor:
         result = capacity(made, executor, store=store, progress=progress_line("simulated", 2.0, say))
     if json:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longcat_sim.specs.scenario import Scenario
 
 
 def say(text: str) -> None:
@@ -53,3 +57,38 @@ def _finite(value: Any, at: str) -> Any:
     if isinstance(value, float):
         assert math.isfinite(value), f"{at} is {value}"
     return value
+
+
+def load(name: str, settings: Sequence[str]) -> Scenario:
+    """Return a scenario with the ``--set`` options applied; a fault that one of them made cites it.
+
+    Raises:
+        SpecError: every fault of the file and of the options.
+    """
+    from longcat_sim.errors import SpecError
+    from longcat_sim.specs.scenario import parse_changes, scenario
+
+    changes = parse_changes(settings)
+    given = {setting.partition("=")[0].strip(): setting for setting in settings}
+    try:
+        return scenario(name, changes)
+    except SpecError as error:
+        raise SpecError([_cited(fault, given) for fault in error.faults]) from None
+
+
+_FAULT = re.compile(r"(?:[^\s:]+(?::\d+)?: )?(?P<path>[A-Za-z_][\w.\[\]-]*): (?P<rest>.*)", re.DOTALL)
+
+
+def _cited(fault: str, given: Mapping[str, str]) -> str:
+    """Return a fault with the option in place of the file and line, if an option set what it is about."""
+    found = _FAULT.fullmatch(fault)
+    if found is None:
+        return fault
+    path = re.sub(r"^step\.(decode|prefill)\.", "step.", found["path"])
+    for key, setting in given.items():
+        if path == key or path.startswith((f"{key}.", f"{key}[")):
+            inner = path[len(key) :].lstrip(".")
+            return f"--set {setting}: {inner + ': ' if inner else ''}{found['rest']}"
+        if key.startswith(f"{path}.") and re.search(rf"\b{re.escape(key.rpartition('.')[2])}\b", found["rest"]):
+            return f"--set {setting}: {found['rest']}"  # a fault of several keys, one of them given
+    return fault

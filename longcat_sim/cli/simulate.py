@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from longcat_sim.cli.output import print_json, say
-from longcat_sim.specs.scenario import parse_changes
-from longcat_sim.specs.scenario import scenario as load_scenario
+from longcat_sim.cli.output import load, print_json, say
 
 
 def run(
@@ -24,7 +22,7 @@ def run(
     from longcat_sim.studies.simulate import simulate
 
     result = simulate(
-        load_scenario(scenario, parse_changes(set_ or [])),
+        load(scenario, set_ or []),
         step_by_step=step_by_step,
         keep_spans=trace is not None,
         progress=say,

@@ -54,8 +54,11 @@ class StepOutcome:
 
     def __str__(self) -> str:
         lines = [f"{self.scenario.name}: {self.scenario.model.name} on {self._fleet()}", "", table(self.rows()), ""]
-        lines.append("where the step's time goes (mean over ranks):")
         total = self.step.breakdown.step_s
+        lines.append(
+            f"where the time of one step goes, run event by event ({total * 1e3:.3f} ms; the parts, means over"
+        )
+        lines.append("ranks, add up to it; the figures above are medians over draws):")
         parts = [(f"  {n}", f"{s * 1e3:.3f}", f"ms  {s / total:.1%}") for n, s in self.step.breakdown.parts().items()]
         lines += [table(parts), *(f"note: {note}" for note in self.notes)]
         return "\n".join(lines)
