@@ -20,6 +20,9 @@ BLOCK_TOKENS = 16
 """vLLM's default KV block on CUDA."""
 ASYNC_SINCE = (0, 14)
 """vLLM decides the next step while one runs by default since v0.14.0 (its release notes, January 2026)."""
+TEMPLATE_LINK = (16, 20000)
+"""GiB/s and ns that the format's example deployments carry for every card, single ones too: they say nothing of one.
+Source: LLMServingSim bench/examples/*/config.json @5daddb2; those with measured links left them out later."""
 TIMES = ("queued_ts", "first_token_ts", "last_token_ts")
 
 
@@ -211,8 +214,16 @@ class RunFolder:
         total = sum(prompt for _, prompt in rows)
         return min(sum(cached for cached, _ in rows) / total, 1.0) if total > 0 else 0.0
 
+    @property
+    def has_own_all_reduce(self) -> bool:
+        """Whether tensor-parallel ranks reduce by vLLM's own kernel, where it can."""
+        return not self.setting("parallel_config", "disable_custom_all_reduce", False)
+
     def link(self) -> Link:
-        """Return the link between the cards: measured (``hardware.yaml``), else by the deployment's law, else PCIe 5.
+        """Return the link between the cards.
+
+        Measured (``hardware.yaml``), or by the deployment's law; where it has none, or only its template's, NCCL's
+        published times on PCIe 5. Of vLLM's own all-reduce nothing is published: the template's law stands for it.
 
         Raises:
             MeasurementError: ``hardware.yaml`` cannot be read.
@@ -223,15 +234,19 @@ class RunFolder:
                 found = measured_link(document if isinstance(document, dict) else {}, str(candidate))
                 if found is not None:
                     return found
-        found = law_link(self.config, 0 if self.count("parallel_config", "tensor_parallel_size", 1) > 1 else -1)
-        if found is None:
-            warnings.warn(
-                f"{self.path / 'config.json'}: no link_bw and link_latency, and no hardware.yaml beside it: "
-                "NCCL's times between two cards on PCIe 5 x16 are taken",
-                stacklevel=2,
-            )
-            return PCIE5_PAIR
-        return found
+        tp, dp = (self.count("parallel_config", f"{kind}_parallel_size", 1) for kind in ("tensor", "data"))
+        found = law_link(self.config, 0 if tp > 1 else -1)
+        is_template = (self.config.get("link_bw"), self.config.get("link_latency")) == TEMPLATE_LINK
+        is_nccl = dp > 1 or not self.has_own_all_reduce
+        if found is not None and not (is_template and is_nccl):
+            return found
+        says = "only the template's link_bw and link_latency" if found else "no link_bw and link_latency"
+        warnings.warn(
+            f"{self.path / 'config.json'}: {says}, and no hardware.yaml beside it: NCCL's times between two cards on "
+            "PCIe 5 x16 are taken",
+            stacklevel=2,
+        )
+        return PCIE5_PAIR
 
     def kv_blocks(self, model: ModelSpec, tp_size: int, dp_size: int) -> tuple[int, int]:
         """Return (KV blocks of one data-parallel rank, tokens of a block).

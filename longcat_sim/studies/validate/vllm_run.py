@@ -62,7 +62,7 @@ def _times(folder: RunFolder, model: ModelSpec) -> EngineTimes:
         is_expert_parallel=bool(folder.setting("parallel_config", "enable_expert_parallel")),
         link=folder.link() if tp * dp > 1 else None,
         is_eager=folder.is_eager,
-        has_one_shot=not folder.setting("parallel_config", "disable_custom_all_reduce", False),
+        has_one_shot=folder.has_own_all_reduce,
         captured=folder.setting("compilation_config", "cudagraph_capture_sizes"),
     )
 
