@@ -17,9 +17,15 @@ def run(
 ) -> None:
     """Print predictions beside published and measured results."""
     if vllm_run is not None:
+        import warnings
+
         from longcat_sim.studies.validate import vllm_run as recorded
 
-        found = recorded.run(vllm_run)
+        with warnings.catch_warnings(record=True) as remarks:
+            warnings.simplefilter("always", UserWarning)
+            found = recorded.run(vllm_run)
+        for remark in remarks:
+            say(str(remark.message))
         if json:
             print_json(found)
             return
