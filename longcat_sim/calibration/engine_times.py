@@ -140,6 +140,22 @@ class EngineTimes:
             time += self.num_moe * self._expert_us(rows)
         return round(time * 1000)
 
+    def _remote_us(self, gathered: int) -> float:
+        """Return what the choices of other ranks' experts cost on a rank: rows of zeros, written and summed.
+
+        Tables of whole expert layers are taken with a rank's share of experts and of choices, and lack it. Memory is as
+        fast as for the weights of the logits, which no cache holds. Source: vLLM ``fused_moe`` (experts that the map
+        sends elsewhere write zeros, ``moe_sum`` adds up every choice).
+        """
+        model = self.model
+        ranks = self.dp_size * self.tp_size
+        if not self.is_expert_parallel or ranks < 2:
+            return 0.0
+        head = model.vocab_size * model.hidden_size * 2.0 / self.tp_size
+        bytes_per_us = head / interpolate(self.profile.per_sequence["lm_head"], 1)
+        remote = gathered * model.moe_topk * (1 - 1 / ranks)
+        return 2 * remote * model.hidden_size * 2.0 / bytes_per_us
+
     def _expert_us(self, rows: Sequence[int]) -> float:
         """Return the expert part of one layer: experts of one rank, dispatch and combine.
 
@@ -153,7 +169,7 @@ class EngineTimes:
             is_graph = bool(self.sizes) and max(rows) <= self.sizes[-1]
             time = self.profile.components.us(rows, active, is_graph)
         else:
-            time = self.profile.moe_us(ranks, gathered, active)
+            time = self.profile.moe_us(ranks, gathered, active) + self._remote_us(gathered)
         if self.link and self.dp_size > 1:
             hidden = [row * model.hidden_size * 2.0 for row in rows]
             chosen = [row * model.moe_topk * 4.0 for row in rows]  # gate weights (fp32), expert ids (int32)

@@ -393,6 +393,12 @@ def test_parts_of_an_expert_layer_are_preferred_to_the_whole(make: Any) -> None:
     assert parts.components.us([600, 400], 34, False) == pytest.approx(2 * 3 + 200 + 34 + 10)
     times = EngineTimes(parts, model_spec("qwen3-30b-a3b"), 128, dp_size=2, is_expert_parallel=True)
     assert times._expert_us([64, 64]) == pytest.approx(6 + 100 + times.active.busiest(128) + 1.28)
+    # a table of whole layers lacks the rows of other ranks' experts: zeros written and read again
+    model = model_spec("qwen3-30b-a3b")
+    times = EngineTimes(whole, model, 128, dp_size=2, is_expert_parallel=True)
+    speed = model.vocab_size * model.hidden_size * 2 / 20.1
+    zeros = 2 * 128 * 8 / 2 * model.hidden_size * 2 / speed
+    assert times._expert_us([64, 64]) == pytest.approx(whole.moe_us(2, 128, times.active.busiest(128)) + zeros)
     (folder / "tp1" / "moe_components.json").write_text("[]")
     with pytest.raises(MeasurementError, match=r"moe_components\.json: expected"):
         LayerProfile.read(folder, 1, 2)
