@@ -223,6 +223,9 @@ def _split(
 
     def counts(one: Curve, capacity: float) -> range:
         least = int(np.ceil(traffic.requests_per_s / capacity + 1e-9)) + spare
+        needed = least * one.shape.num_gpus
+        if needed > max_gpus:
+            rejected.add("traffic", f"{one.shape.label}: a pool needs {least} replicas, {needed} GPUs of {max_gpus}")
         return range(least, min(max_gpus // one.shape.num_gpus, MOST_SPLIT_REPLICAS) + 1)
 
     prefills: list[tuple[Curve, int, float, float]] = []

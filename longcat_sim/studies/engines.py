@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -25,6 +24,7 @@ WEIGHT_LOAD_BYTES_PER_S = 5e9
 MAX_CONTEXT_TOKENS = 131072
 SAMPLED_REQUESTS = 2000
 """Requests that tell how far a workload's contexts lie apart (2 % of their coefficient of variation)."""
+MOST_SPREADS = 256
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,23 @@ class StepFunction:
         return seconds
 
 
-@lru_cache(maxsize=64)
+_spreads: dict[str, float] = {}
+
+
 def decode_context_spread(serve: Serve) -> float:
     """Return the coefficient of variation of the contexts that are in decode, from the workload's first requests.
 
     A sequence of i prompt and o output tokens is in decode for o steps, at contexts i to i + o. 0 without a workload.
     """
+    key = serve.workload.model_dump_json()  # a Serve with pools has no hash: their deployments are dicts
+    if key not in _spreads:
+        if len(_spreads) >= MOST_SPREADS:
+            _spreads.clear()
+        _spreads[key] = _context_spread(serve)
+    return _spreads[key]
+
+
+def _context_spread(serve: Serve) -> float:
     workload = serve.workload
     if workload.trace is None and workload.arrivals is None:
         return 0.0

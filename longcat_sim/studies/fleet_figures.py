@@ -127,15 +127,20 @@ def _drawn(scenario: Scenario, draw: int) -> dict[str, Any]:
     return simulate_fleet(scenario, draw=draw)
 
 
-def spread_of(rows: Iterable[Mapping[str, Any]], names: Iterable[str] = SPREAD) -> dict[str, float]:
-    """Return ``name_p5`` and ``name_p95`` of each figure over draws; those that some draw lacks are left out."""
+def spread_of(
+    centre: Mapping[str, Any], rows: Iterable[Mapping[str, Any]], names: Iterable[str] = SPREAD
+) -> dict[str, float]:
+    """Return ``name_p5`` and ``name_p95`` of each figure over draws; those that some draw lacks are left out.
+
+    An interval holds the centre: of a few draws, all may lie on one side of it.
+    """
     rows = list(rows)
     figures: dict[str, float] = {}
     for name in names:
         values = [row[name] for row in rows if row.get(name) is not None]
-        if rows and len(values) == len(rows):
+        if rows and len(values) == len(rows) and centre.get(name) is not None:
             low, high = np.quantile(values, (0.05, 0.95))
-            figures |= {f"{name}_p5": float(low), f"{name}_p95": float(high)}
+            figures |= {f"{name}_p5": min(float(low), centre[name]), f"{name}_p95": max(float(high), centre[name])}
     return figures
 
 
@@ -151,7 +156,7 @@ def assess_fleet(scenario: Scenario, executor: Executor | None = None) -> dict[s
     one = partial(_drawn, scenario)
     rows = list(executor.map(one, draws) if executor is not None else map(one, draws))
     met = sum(is_met(row, scenario) for row in rows)
-    return {**figures, **spread_of(rows), "probability": chance_of(met, len(rows))}
+    return {**figures, **spread_of(figures, rows), "probability": chance_of(met, len(rows))}
 
 
 def _rate_in_draw(scenario: Scenario, rtol: float, start: float, draw: int, factor: float = 2.0) -> Rate:

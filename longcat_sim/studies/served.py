@@ -11,7 +11,7 @@ from longcat_sim.simulation.serving.cluster import Engine
 from longcat_sim.simulation.serving.simulate import ServingResult, simulate_serving
 from longcat_sim.simulation.step import discrepancy_factors
 from longcat_sim.specs.scenario import Scenario
-from longcat_sim.studies.engines import StepFunction, engine, kv_link, pools_of
+from longcat_sim.studies.engines import StepFunction, decode_context_spread, engine, kv_link, pools_of
 from longcat_sim.studies.fleet_bill import fleet_bill
 
 MOST_ENGINES = 256
@@ -30,7 +30,7 @@ def engine_of(scenario: Scenario, draw: int = 0, role: str = "shared") -> Engine
     key = (
         scenario.model.model_dump_json(), id(op_times_of(scenario.hardware)), draw,
         scenario.deployment.model_dump_json(), scenario.routing.model_dump_json(), scenario.speculative,
-        scenario.serve.scheduler.model_dump_json(), role,
+        scenario.serve.scheduler.model_dump_json(), decode_context_spread(scenario.serve), role,
     )  # fmt: skip
     if key not in _engines:
         if len(_engines) >= MOST_ENGINES:

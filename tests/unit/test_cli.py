@@ -109,6 +109,8 @@ def test_a_larger_token_budget_never_frees_memory(capsys: pytest.CaptureFixture[
          ["a replica of 16 GPUs exceeds 4"]),
         (["capacity", "longcat-flash-serve-capacity", "--set", "serve.slo=[{name: a, ttft: 1 ms}]"],
          ["ttft: expected at least", "loosen the level"]),
+        (["capacity", "longcat-flash-serve-capacity", "--set", "search.max_gpus=32"],
+         ["by traffic", "replicas, 48 GPUs of 32"]),
         (["capacity", "longcat-flash-serve-capacity", "--set", "serve.slo=[{name: a, tpot: 1 ms}]"],
          ["slo.tpot: expected at least", "read the weights"]),
         (["simulate", "longcat-flash-h800-decode", "--set", "step.sequences_per_gpu=2000"],
