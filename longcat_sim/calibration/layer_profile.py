@@ -37,8 +37,8 @@ class AttentionTable:
     """Attention time by (prefill tokens, mean keys before the chunk, decode count, decode KV), multilinear.
 
     Several short prompts in one chunk have fewer keys before them than one long prompt: less than none. Below the
-    smallest measured keys the prefill's part shrinks with the keys (its work is tokens x keys), down to the time of
-    the smallest chunk; what decoding adds stays.
+    smallest measured keys each of so many equal prompts takes what a chunk of its length takes alone, all but the
+    launch; what decoding adds stays.
     """
 
     chunks: list[float]
@@ -115,9 +115,10 @@ class AttentionTable:
         nodes, by_keys = self.tables[chunk]
         first = by_keys[nodes[0]]
         alone = self._line(first, 0.0, 0.0) if 0.0 in first[1] else 0.0
-        share = max(before + chunk / 2, 0.0) / (nodes[0] + chunk / 2)
         least = min(alone, self._smallest)
-        return self._line(first, count, kv) - (alone - least) * (1 - share)
+        prompt = max(2 * (before + chunk / 2), self.chunks[0] or self.chunks[min(1, len(self.chunks) - 1)])
+        several = least + chunk / prompt * (self.us(prompt, 0.0, 0, 0) - least)
+        return self._line(first, count, kv) - max(alone - several, 0.0)
 
     @staticmethod
     def _line(by_count: tuple[list[float], dict[float, Curve]], count: float, kv: float) -> float:

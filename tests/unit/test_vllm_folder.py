@@ -36,7 +36,7 @@ def profile(folder: Path, names: tuple[str, ...], *, is_new: bool, extra: dict[s
     rows = [(name, n, 20 + 0.1 * n) for name in ("lm_head", "sampler") for n in (1, 64, 256)]
     table(folder / "per_sequence.csv", "layer,sequences,time_us", rows)
     cells = [(0, 0, n, kv, 2 + n * kv * 1e-3) for n in (1, 8, 64, 128) for kv in (16, 1024, 8192)]
-    for chunk in (16, 256, 2048):
+    for chunk in (16, 512, 2048):
         for past in (0, 1024, 8192):
             alone = 2 + chunk * (past + chunk / 2) * 1e-4
             cells.append((chunk, past, 0, 0, alone))
@@ -252,7 +252,7 @@ def test_old_and_new_profiles_say_the_same(make: Any) -> None:
 def test_several_short_prompts_cost_less_than_one_long_one(make: Any) -> None:
     profile = LayerProfile.read(make("x") / "profile", 1)
     one, four = profile.attention_us([], [(2048, 0)]), profile.attention_us([], [(512, 0)] * 4)
-    # work is tokens x keys: a quarter of it, and a launch
+    # four times a prompt of 512, with one launch: a quarter of the tokens x keys
     assert one == pytest.approx(2 + 2048 * 1024 * 1e-4)
     assert four == pytest.approx(2 + 0.25 * 2048 * 1024 * 1e-4, rel=0.03)
     beside = [1024] * 64
