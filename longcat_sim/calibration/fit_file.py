@@ -25,7 +25,7 @@ from longcat_sim.specs.hardware import HardwareSpec, load_hardware
 if TYPE_CHECKING:
     from longcat_sim.calibration.op_times import OpTimes
 
-SCHEMA = 1
+SCHEMA = 2
 STEP = 0.01
 """Resolution of a packed correction; far below any fit's error."""
 

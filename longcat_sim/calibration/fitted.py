@@ -1,7 +1,7 @@
 """``FittedLaw``: one op kind in one precision, fitted: the law's weights, the local correction, and its held-out error.
 
-The weights come from non-negative least squares in relative error (scipy), the correction from the residuals of the
-nearest measured sizes, on a grid; the time on the grid is then made to rise with every size.
+The weights come from non-negative least squares in relative error (scipy), the correction from the residuals of
+measured sizes, kriged onto a grid; the time on the grid is then made to rise with every size.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from longcat_sim.calibration.laws import LAWS, Device
+from longcat_sim.calibration.local import Smoothness, correct, learn_smoothness, logs
 from longcat_sim.calibration.table import TimeTable, refine, rising, thin
 from longcat_sim.ops.op import FloatArray, Tag
 
@@ -23,9 +24,11 @@ PRIOR_WEIGHT = 1.25
 """Weight of the plain FLOP and byte terms where data says nothing: the 0.8 of the data-sheet roofline."""
 PRIOR_POINTS = 0.3
 """The prior counts as this many points that are wrong by their whole value."""
-NEIGHBOURS = 12
-RIDGE = 0.02
-HALF_OCTAVES = 4.0
+SMALL = 10.0
+"""A point that takes this many times as long as the smallest ones counts half as much as the largest: a law must know how
+large ops grow; small ones are mostly the floor, and the correction holds them."""
+MANY = 100
+"""With fewer points than this, all count alike: none can be spared."""
 FIT_ROWS = 4000
 """Rows that a law's few weights are fitted to; the correction uses all."""
 NEAR_OCTAVES = 1.5
@@ -46,6 +49,8 @@ def weigh(
     serial, compute, memory = columns(coordinates, kind, dtype, device)
     n_serial, n_compute, n_memory = serial.shape[1], compute.shape[1], memory.shape[1]
     times = seconds[:, None]
+    size = seconds / (seconds + SMALL * np.quantile(seconds, 0.01)) if len(seconds) >= MANY else np.ones(len(seconds))
+    size = size / size.mean()
     prior = np.zeros((n_serial + n_compute + n_memory + 1, n_serial + n_compute + n_memory + 1))
     goal = np.zeros(len(prior))
     for at in ([1 + n_serial] if n_compute else []) + ([1 + n_serial + n_compute] if n_memory else []):
@@ -60,7 +65,7 @@ def weigh(
     for _ in range(rounds):
         chosen = is_compute[:, None]
         rows = np.hstack([np.ones_like(times), serial, compute * chosen, memory * ~chosen]) / times
-        scale = np.sqrt(trust if counts is None else trust * counts)
+        scale = np.sqrt(size * trust if counts is None else size * trust * counts)
         stacked = np.vstack([rows * scale[:, None], prior])
         target = np.concatenate([scale, goal])
         norm = np.linalg.norm(stacked, axis=0)
@@ -122,11 +127,6 @@ def law_seconds(
     return fixed + np.maximum(compute, memory)
 
 
-def logs(coordinates: Any) -> FloatArray:
-    """Return log2 of the coordinates [N, D]; sizes below 1 count as half a unit."""
-    return np.log2(np.maximum(np.stack(coordinates, axis=-1), 0.5))
-
-
 @dataclass
 class FittedLaw:
     """The fit of one (kind, dtype, variant). Fields end in ``_`` where the data taught them."""
@@ -155,6 +155,8 @@ class FittedLaw:
     provenance: tuple[str, ...] = ()
     transferred_from: str = ""
     """Another device that was measured instead of this one."""
+    smooth_: Smoothness | None = None
+    """How the correction varies with size; known right after a fit only."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -169,19 +171,23 @@ class FittedLaw:
     @classmethod
     def fit(
         cls, key: tuple[str, str, str], coordinates: tuple[FloatArray, ...], seconds: FloatArray, device: Device, *,
-        max_cells: int = 6000, rng: np.random.Generator,
+        max_cells: int = 6000, rng: np.random.Generator, smooth: Smoothness | None = None,
     ) -> FittedLaw:  # fmt: skip
-        """Return the law and its correction for measured ``seconds`` at ``coordinates``."""
+        """Return the law and its correction for measured ``seconds`` at ``coordinates``.
+
+        How smooth the correction is (a length per coordinate) is learned from the points unless given.
+        """
         kind, dtype, variant = key
         rows = np.arange(len(seconds))
         if len(rows) > FIT_ROWS:
             rows = rng.choice(rows, FIT_ROWS, replace=False)
         weights = weigh(tuple(c[rows] for c in coordinates), seconds[rows], kind, dtype, device)
-        axes = thin(coordinates, max_cells)
+        residual = np.log(seconds / law_seconds(weights, coordinates, kind, dtype, device))
+        smooth = smooth or _smoothness(coordinates, residual, rng)
+        axes = thin(coordinates, max_cells, smooth.octaves)
         grid = np.meshgrid(*axes, indexing="ij")
         cells = tuple(part.ravel() for part in grid)
-        residual = np.log(seconds / law_seconds(weights, coordinates, kind, dtype, device))
-        local, distance = _nearby(coordinates, residual, cells)
+        local, measured = correct(coordinates, residual, cells, smooth)
         law_grid = law_seconds(weights, cells, kind, dtype, device)
         times = rising(np.log(law_grid * np.exp(local)).reshape(grid[0].shape))
         correction = times - np.log(law_grid).reshape(times.shape)
@@ -193,8 +199,9 @@ class FittedLaw:
             weights,
             axes,
             correction,
-            (distance < 0.01).reshape(times.shape),
+            measured.reshape(times.shape),
             len(seconds),
+            smooth_=smooth,
         )
 
     def bootstrap(
@@ -260,36 +267,11 @@ class FittedLaw:
         ]
 
 
-def _nearby(
-    coordinates: tuple[FloatArray, ...], residual: FloatArray, cells: tuple[FloatArray, ...]
-) -> tuple[FloatArray, FloatArray]:
-    """Return the residual at each cell from the nearest points, and the distance to the nearest one (octaves).
-
-    A straight line through the neighbours (weights 1 / distance^3), held within their range; half of it is left four
-    octaves away, where only the law is known.
-    """
-    from scipy.spatial import cKDTree
-
-    points, targets = logs(coordinates), logs(cells)
+def _smoothness(coordinates: tuple[FloatArray, ...], residual: FloatArray, rng: np.random.Generator) -> Smoothness:
+    """Return how the correction varies; coordinates with one value get any length."""
+    points = logs(coordinates)
     varied = np.ptp(points, axis=0) > 0
-    points, targets = points[:, varied], targets[:, varied]
-    if not varied.any():
-        return np.full(len(targets), np.median(residual)), np.zeros(len(targets))
-    near = min(NEIGHBOURS, len(residual))
-    distance, index = cKDTree(points).query(targets, k=near)
-    distance, index = distance.reshape(-1, near), index.reshape(-1, near)
-    weight = 1.0 / (distance + 0.05) ** 3
-    weight /= weight.sum(1, keepdims=True)
-    value = residual[index]
-    mean = (weight * value).sum(1)
-    offset = points[index] - targets[:, None]
-    centre = (weight[..., None] * offset).sum(1, keepdims=True)
-    spread = offset - centre
-    moment = np.einsum("ck,ckd,cke->cde", weight, spread, spread)
-    tilt = np.einsum("ck,ckd,ck->cd", weight, spread, value - mean[:, None])
-    # ridge: slopes that the neighbours do not span stay flat
-    moment += (RIDGE * np.trace(moment, axis1=1, axis2=2) + 1e-9)[:, None, None] * np.eye(moment.shape[-1])
-    slope = np.linalg.solve(moment, tilt[..., None])[..., 0]
-    local = np.clip(mean - (slope * centre[:, 0]).sum(-1), value.min(1), value.max(1))
-    keep = 1.0 / (1.0 + (np.maximum(distance[:, 0], 0.05) / HALF_OCTAVES) ** 3)
-    return local * keep, distance[:, 0]
+    learned = learn_smoothness(points[:, varied], residual, rng)
+    lengths = np.ones(len(varied))
+    lengths[varied] = learned.octaves
+    return Smoothness(tuple(lengths.tolist()), learned.nugget)

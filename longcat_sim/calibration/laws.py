@@ -21,6 +21,10 @@ Coordinates = Mapping[str, Any]
 TILE = 128
 """Rows and columns of one block's output tile. Source: the customary 64..128 x 128..256 tiles of Hopper GEMM kernels
 (DeepGEMM README @55ab91f); the fit weighs three of them."""
+EPILOGUE = 256
+"""Steps of the inner loop that writing out one tile is counted as; the fit weighs it."""
+DOUBLING_S = 1e-6
+"""Unit of a delay that grows with each doubling of a context; the fit weighs it."""
 
 
 class Device(NamedTuple):
@@ -74,7 +78,11 @@ def _uneven(groups: Any, rows: Any, tile: int) -> Any:
 def _gemm_terms(
     groups: Any, rows: Any, n: Any, k: Any, dtype: str, device: Device, row_tiles: Callable[..., Any] = _even
 ) -> Terms:
-    """``groups`` products of [rows, k] and [k, n]."""
+    """``groups`` products of [rows, k] and [k, n].
+
+    Tiles are written out while nothing multiplies (a share of rows x n), and narrow types are made from 16-bit rows in
+    a pass of their own, which nothing hides: this keeps large products with a short k or a small n off their plateau.
+    """
     item, out = item_bytes(dtype), output_bytes(dtype)
 
     def padded(tile_m: int, tile_n: int) -> Any:
@@ -88,10 +96,17 @@ def _gemm_terms(
             padded(TILE // 2, TILE),
             padded(TILE, 2 * TILE),
             groups * TILE * n * k,
+            2.0 * EPILOGUE * groups * rows * n,
         ],
         [item * groups * n * k, item * groups * rows * k, out * groups * rows * n],
-        [],
+        [(2.0 + item if item < 2 else 0.0) * groups * rows * k],
     )
+
+
+def _grouped_terms(c: Coordinates, dtype: str, device: Device) -> Terms:
+    """Products of experts: rows are gathered before and scattered after."""
+    terms = _gemm_terms(c["groups"], c["m"] / c["groups"], c["n"], c["k"], dtype, device, _uneven)
+    return terms._replace(serial=[*terms.serial, 8.0 * c["m"] * c["k"]])
 
 
 def _cached(memory_bytes: Any, device: Device) -> list[Any]:
@@ -100,7 +115,11 @@ def _cached(memory_bytes: Any, device: Device) -> list[Any]:
 
 
 def _mla_terms(c: Coordinates, dtype: str, device: Device) -> Terms:
-    """Absorbed MLA: 64-row tiles of query heads against the latent. Source: FlashMLA deep dive, 2025-04-22."""
+    """Absorbed MLA: 64-row tiles of query heads against the latent. Source: FlashMLA deep dive, 2025-04-22.
+
+    Kernels that do not split a context over blocks take as long as their waves of (sequence, tile) pairs; those that do
+    wait longer for the merge, the more often they split.
+    """
     width = c["kv"] * (1088 / 576)  # 2 latent + rope of latent + rope, as 512 + 64
     tiles = _ceil(c["rows"] / 64)
     blocks = c["batch"] * tiles * _ceil(c["context"] / 64)
@@ -109,8 +128,17 @@ def _mla_terms(c: Coordinates, dtype: str, device: Device) -> Terms:
     query_bytes = 2.0 * c["batch"] * c["rows"] * width
     return Terms(
         [flop, 2.0 * c["batch"] * 64 * tiles * c["context"] * width, 2.0 * 64 * 64 * width * _waves(blocks, device)],
-        [kv_bytes, kv_bytes * tiles, query_bytes],
-        [query_bytes, c["batch"] * tiles * 4096.0],
+        [
+            kv_bytes,
+            kv_bytes * tiles,
+            query_bytes,
+            item_bytes(dtype) * c["kv"] * c["context"] * _waves(c["batch"] * tiles, device),
+        ],
+        [
+            query_bytes,
+            c["batch"] * tiles * 4096.0,
+            np.log2(np.maximum(c["context"] / 64, 1.0)) * DOUBLING_S * device.bandwidth,
+        ],
     )
 
 
@@ -213,7 +241,7 @@ LAWS: dict[str, Law] = {
     "grouped_gemm": Law(
         ("groups", "m", "n", "k"),
         lambda d: (d["groups"], d["m"], d["n"], d["k"]),
-        lambda c, t, v: _gemm_terms(c["groups"], c["m"] / c["groups"], c["n"], c["k"], t, v, _uneven),
+        _grouped_terms,
         compute_bound=True,
     ),
     "bmm": Law(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from longcat_sim.calibration.artefacts import without_accidents
 from longcat_sim.calibration.importers import published
 from longcat_sim.calibration.importers.aiconfigurator import SYSTEMS, import_aiconfigurator
 from longcat_sim.calibration.importers.kernels import READERS, import_kernels
@@ -16,8 +18,8 @@ from longcat_sim.specs.hardware import HardwareSpec
 
 SAME_DIE = {"h800-sxm": "h100-sxm"}
 """Devices that differ only in what op times do not depend on (H800: narrower NVLink, same GH100 die and HBM)."""
-COMMITTED_CELLS = 12000
-"""Grid cells per law in a packaged profile: keeps files small, costs a few tenths of a point of error."""
+COMMITTED_CELLS = 24000
+"""Grid cells per law in a packaged profile: holds the tables of products whole."""
 
 BORROWED: dict[str, Callable[[Op], bool]] = {
     # fp8 products, grouped products and the indexer have tables of their own; other kernels, other rates
@@ -46,20 +48,21 @@ H800_EXTRA = [
 
 def published_measurements(
     hardware: str, kernels: str | Path | None, tables: str | Path | None
-) -> tuple[list[Measurement], dict[Key, str]]:
-    """Return the published measurements for a profile, and the laws that rest on another device only.
+) -> tuple[list[Measurement], dict[Key, str], dict[str, int]]:
+    """Return the published measurements for a profile, the laws that rest on another device only, and what was dropped.
 
     ``kernels`` is the YAML file of kernel records, ``tables`` the folder of aiconfigurator-core's tables.
 
     Raises:
         MeasurementError: nothing is published for ``hardware``, or a source cannot be read.
     """
+    left_out: Counter[str] = Counter()
     own: list[Measurement] = []
     if hardware in READERS and kernels is not None:
         own += import_kernels(kernels, hardware)
         own += H800_EXTRA if hardware == "h800-sxm" else []
     if hardware in SYSTEMS:
-        own += import_aiconfigurator(hardware, folder=tables)
+        own += import_aiconfigurator(hardware, folder=tables, left_out=left_out)
     borrowed: list[Measurement] = []
     twin = SAME_DIE.get(hardware)
     if twin:
@@ -69,7 +72,9 @@ def published_measurements(
         raise MeasurementError(f"hardware: expected one with published tables; got {hardware!r}; measure it yourself")
     mine = {(row.op.kind, row.op.dtype, row.op.variant) for row in own}
     theirs = {(row.op.kind, row.op.dtype, row.op.variant) for row in borrowed}
-    return own + borrowed, {key: twin for key in theirs - mine if twin}
+    rows, dropped = without_accidents(own + borrowed)
+    left_out.update({f"{name}: slower than a larger size": count for name, count in dropped.items()})
+    return rows, {key: twin for key in theirs - mine if twin}, dict(sorted(left_out.items()))
 
 
 def fit_published(
@@ -86,9 +91,12 @@ def fit_published(
     Raises:
         MeasurementError: as ``published_measurements``.
     """
-    rows, transferred = published_measurements(hardware.name, kernels, tables)
+    rows, transferred, left_out = published_measurements(hardware.name, kernels, tables)
     times = OpTimes.fit(rows, hardware, draws, seed, max_cells=max_cells, min_points=1)
     for key, origin in transferred.items():
         times.laws_[key].transferred_from = origin
-    times.provenance = {"method": "published tables; a fifth, the largest and whole sizes held out for the errors"}
+    times.provenance = {
+        "method": "published tables; a fifth, the largest and whole sizes held out for the errors",
+        "left_out": left_out,
+    }
     return times

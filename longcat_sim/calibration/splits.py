@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from longcat_sim.calibration.fitted import LEVELS, FittedLaw, logs
+from longcat_sim.calibration.fitted import LEVELS, FittedLaw
 from longcat_sim.calibration.laws import LAWS
+from longcat_sim.calibration.local import logs
 from longcat_sim.ops.op import FloatArray
 
 FOLDS = 5
@@ -29,14 +30,19 @@ def judge(
     rng: np.random.Generator,
     max_cells: int,
 ) -> None:
-    """Fill in ``errors_``, ``residuals_`` and ``correlation_`` of a fitted law."""
+    """Fill in ``errors_``, ``residuals_`` and ``correlation_`` of a fitted law.
+
+    Every split has weights and a correction of its own; only the correction's lengths (one per coordinate, and a
+    nugget) are those that all points taught.
+    """
     device = law.reference
 
     def residual(test: Any) -> FloatArray:
         train = ~test
         fitted = FittedLaw.fit(
-            law.key, tuple(c[train] for c in coordinates), seconds[train], device, max_cells=max_cells, rng=rng
-        )
+            law.key, tuple(c[train] for c in coordinates), seconds[train], device, max_cells=max_cells, rng=rng,
+            smooth=law.smooth_,
+        )  # fmt: skip
         predicted = fitted.table(device).many([c[test] for c in coordinates])
         return np.log(seconds[test] / predicted)
 

@@ -16,15 +16,18 @@ from longcat_sim.ops.op import FloatArray
 
 LARGEST_STEP = 2.0
 """Knots are at most this factor apart, so that a straight line between two stays close to the law's curve."""
+LONGEST = 4.0
+"""Octaves: an axis along which the correction changes more slowly keeps as many knots as one of this length."""
 KNOT_DIGITS = 6
 """Fewer than a fit file keeps of a knot (8), so that no two knots become one there."""
 REACH = (1 / 16, 1 / 4, 4.0, 16.0)
 """Knots beyond the measured range, as factors of its ends: there the law rules."""
 
 
-def thin(values: Sequence[FloatArray], max_cells: int) -> list[FloatArray]:
+def thin(values: Sequence[FloatArray], max_cells: int, octaves: Sequence[float] | None = None) -> list[FloatArray]:
     """Return the axes with knots dropped, closest (in log) first, until the grid has at most ``max_cells`` cells.
 
+    Closeness is measured in ``octaves``, the length over which times change beside the law, per axis.
     Knots keep ``KNOT_DIGITS`` digits: sizes that differ by less, such as expected numbers of active experts close to
     all of them, are one knot.
     """
@@ -34,7 +37,7 @@ def thin(values: Sequence[FloatArray], max_cells: int) -> list[FloatArray]:
         for index, axis in enumerate(axes):
             if len(axis) > 4:
                 logs = np.log2(np.maximum(axis, 0.5))
-                spans = logs[2:] - logs[:-2]
+                spans = (logs[2:] - logs[:-2]) / (1.0 if octaves is None else min(octaves[index], LONGEST))
                 at = int(np.argmin(spans))
                 gaps.append((spans[at], -len(axis), index, at + 1))
         if not gaps:

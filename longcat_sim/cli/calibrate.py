@@ -26,4 +26,6 @@ def run(
     for kind, dtype, variant, split, mape, coverage, count in error_table(times):
         covers = "" if coverage is None else f"{coverage:.0%}"
         print(f"{kind + (' ' + variant if variant else ''):18} {dtype:6} {split:20} {mape:7.1%} {covers:>12} {count:7}")
+    for reason, count in times.provenance.get("left_out", {}).items():
+        print(f"left out: {count} rows of {reason}")
     say(f"fit written to {out or f'hardware_profiles/{name}.yaml'}")

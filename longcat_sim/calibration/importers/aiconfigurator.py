@@ -7,6 +7,7 @@ served operating points (``silicon_sample.csv``) is never read.
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ ALIGNMENT = 16
 """Rows of a product are read where they are a multiple of this, or fewer: engines pad batches to such sizes, and
 unaligned rows take other kernels (fp8, H100: 513 rows 78 us, 512 rows 34 us)."""
 MLA = {"latent": 512, "rope": 64}
+EXPERTS = ("moe_dtype", "hidden_size", "inter_size", "topk", "num_experts")
+SLOW_CUT = 1.1
+"""A cut of the same experts over more ranks that takes this much longer than a coarser cut was not tuned."""
 Columns = Mapping[str, Any]
 Point = tuple[str, str, str, dict[str, float], float]
 
@@ -49,20 +53,54 @@ def _gemm(row: Columns) -> Iterator[Point]:
 
 
 def _experts(row: Columns) -> Iterator[Point]:
-    """All experts as one product: gate, up and down have 3 x inter columns of ``hidden`` together.
-
-    Tables cut by expert parallelism are left out: they do not say how many copies a rank then computes.
-    """
-    gated = "nongated" not in row["kernel_source"] and "min_latency" not in row["kernel_source"]
-    known = row["moe_dtype"] in ("bfloat16", "fp8_block", "nvfp4")
-    if row["distribution"] != "balanced" or row["moe_ep_size"] != 1 or not gated or not known:
-        return
+    """All experts as one product: gate, up and down have 3 x inter columns of ``hidden`` together."""
     copies = row["num_tokens"] * row["topk"]
-    dims = {
-        "groups": min(row["num_experts"], copies), "m": copies, "n": 3 * row["inter_size"] / row["moe_tp_size"],
-        "k": row["hidden_size"],
-    }  # fmt: skip
-    yield "grouped_gemm", DTYPES[row["moe_dtype"]], "fused", dims, row["latency"]
+    dims = {"groups": row["num_experts"], "m": copies, "n": 3 * row["inter_size"] / row["moe_tp_size"]}
+    yield "grouped_gemm", DTYPES[row["moe_dtype"]], "fused", {**dims, "k": row["hidden_size"]}, row["latency"]
+
+
+def _sift_experts(rows: list[dict[str, Any]], left_out: Counter[str]) -> list[dict[str, Any]]:
+    """Return the rows of gated experts with evenly spread tokens, without those that an op's sizes cannot tell apart.
+
+    Tables cut by expert parallelism are not read: they do not say how many copies a rank then computes. Left out and
+    counted: rows with fewer copies than experts (their time holds the cost of idle experts, 100 us for 256 of them,
+    27 us for 8, fp8, H100; an op knows only those that hold tokens); and whole cuts by tensor parallelism that take
+    longer than a coarser cut of the same experts (median over tokens), where the autotuner found no kernel.
+    """
+    wanted = [
+        row
+        for row in rows
+        if row["distribution"] == "balanced"
+        and row["moe_ep_size"] == 1
+        and row["moe_dtype"] in ("bfloat16", "fp8_block", "nvfp4")
+        and "nongated" not in row["kernel_source"]
+        and "min_latency" not in row["kernel_source"]
+    ]
+    families: dict[tuple, dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in wanted:
+        cut = families[tuple(row[name] for name in EXPERTS)][row["moe_tp_size"]]
+        cut[row["num_tokens"]] = min(row["latency"], cut.get(row["num_tokens"], np.inf))
+    slow = set()
+    for family, cuts in families.items():
+        for size in cuts:
+            coarser = [cuts[other] for other in cuts if other < size]
+            ratios = [
+                seconds / min(other.get(tokens, np.inf) for other in coarser)
+                for tokens, seconds in cuts[size].items()
+                if coarser
+            ]
+            if ratios and np.median(ratios) > SLOW_CUT:
+                slow.add((*family, size))
+    kept = []
+    for row in wanted:
+        name = f"grouped_gemm {DTYPES[row['moe_dtype']]} fused"
+        if (*(row[name] for name in EXPERTS), row["moe_tp_size"]) in slow:
+            left_out[f"{name}: cut slower than a coarser one"] += 1
+        elif row["num_tokens"] * row["topk"] < row["num_experts"]:
+            left_out[f"{name}: idle experts"] += 1
+        else:
+            kept.append(row)
+    return kept
 
 
 def _mla_decode(row: Columns) -> Iterator[Point]:
@@ -143,6 +181,8 @@ TABLES: tuple[tuple[str, str, Callable[[Columns], Iterator[Point]]], ...] = (
     ("sparse_attention/sglang", "glm5_dsa_attn_module_perf", _sparse),
 )
 """(family / framework, table, reader)."""
+SIFT: dict[str, Callable[[list[dict[str, Any]], Counter[str]], list[dict[str, Any]]]] = {"moe_perf": _sift_experts}
+"""Table -> what chooses its rows, where one row alone cannot tell."""
 
 
 def tables_folder(folder: str | Path | None = None) -> Path:
@@ -165,9 +205,12 @@ def tables_folder(folder: str | Path | None = None) -> Path:
 
 
 def import_aiconfigurator(
-    hardware: str, *, folder: str | Path | None = None, kinds: set[str] | None = None
-) -> list[Measurement]:
+    hardware: str, *, folder: str | Path | None = None, kinds: set[str] | None = None,
+    left_out: Counter[str] | None = None,
+) -> list[Measurement]:  # fmt: skip
     """Return the tables of one system as measurements; the fastest where a size was measured several times.
+
+    ``left_out`` counts rows that a rule dropped.
 
     Raises:
         MeasurementError: the package or pyarrow is missing, or it has no such system.
@@ -190,9 +233,16 @@ def import_aiconfigurator(
         source = f"aiconfigurator-core 0.12.0 {SYSTEMS[hardware]}/{family}/{version.name}/{table}"
         columns = {name: values.to_numpy(zero_copy_only=False) for name, values in
                    zip(*(lambda t: (t.column_names, t.columns))(parquet.read_table(path)), strict=True)}  # fmt: skip
-        for row in _rows(columns):
+        read = list(_rows(columns))
+        if table in SIFT:
+            read = SIFT[table](read, left_out if left_out is not None else Counter())
+        for row in read:
             for kind, dtype, variant, dims, milliseconds in reader(row):
-                if (kinds and kind not in kinds) or not np.isfinite(milliseconds) or milliseconds <= 0:
+                if kinds and kind not in kinds:
+                    continue
+                if not np.isfinite(milliseconds) or milliseconds <= 0:
+                    if left_out is not None:
+                        left_out[" ".join(filter(None, (kind, dtype, variant))) + ": no time"] += 1
                     continue
                 key = (kind, dtype, variant, tuple(sorted((name, float(size)) for name, size in dims.items())))
                 if key not in best or milliseconds < best[key][0]:

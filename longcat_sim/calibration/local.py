@@ -1,0 +1,131 @@
+"""The local correction: what a law leaves over, carried from measured sizes to those between them.
+
+Ordinary kriging (the best linear unbiased guess, Cressie, Statistics for Spatial Data, 1993, section 3.2): the logs of
+two ratios time / law are alike by exp(-sum |log2 size ratio| / octaves), a length per coordinate that the data teaches.
+Between two knots of a full grid this is nearly a straight line in log size; where sizes are scattered it weighs
+neighbours by every coordinate and sees that two of them on one side say the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from longcat_sim.ops.op import FloatArray
+
+NEIGHBOURS = 16
+BLOCK = 20_000
+"""Targets solved at once: bounds memory."""
+TRIALS = 400
+"""Points that lengths are tried on; each is guessed from all the others."""
+FEW_POINTS = 20
+"""With fewer points lengths are not learned."""
+DEFAULT_OCTAVES, DEFAULT_NUGGET = 4.0, 0.05
+"""Assumed where points are too few to tell: a few octaves, and a twentieth of the variance is noise."""
+LENGTHS = (0.25, 64.0)
+WORST = 0.5
+"""A point that is off by more counts as this much when lengths are chosen, so that artefacts do not choose them."""
+HALF_OCTAVES = 4.0
+"""Half of the correction is left this far from every measured size, where only the law is known (assumed)."""
+
+
+class Smoothness(NamedTuple):
+    """How the correction varies: octaves per coordinate over which it changes, and the share of it that is noise."""
+
+    octaves: tuple[float, ...]
+    nugget: float = DEFAULT_NUGGET
+
+
+def logs(coordinates: Any) -> FloatArray:
+    """Return log2 of the coordinates [N, D]; sizes below 1 count as half a unit."""
+    return np.log2(np.maximum(np.stack(coordinates, axis=-1), 0.5))
+
+
+def krige(points: FloatArray, values: FloatArray, targets: FloatArray, smooth: Smoothness) -> FloatArray:
+    """Return the values guessed at ``targets`` [T, D] from those at ``points`` [N, D], both in octaves."""
+    from scipy.spatial import cKDTree
+
+    lengths = np.array(smooth.octaves)
+    points, targets = points / lengths, targets / lengths
+    near = min(NEIGHBOURS, len(points))
+    tree = cKDTree(points)
+    found = np.empty(len(targets))
+    for start in range(0, len(targets), BLOCK):
+        part = targets[start : start + BLOCK]
+        distance, index = (x.reshape(-1, near) for x in tree.query(part, k=near, p=1))
+        close = points[index]
+        between = np.zeros((len(part), near, near))
+        for axis in range(points.shape[1]):
+            between += np.abs(close[:, :, None, axis] - close[:, None, :, axis])
+        likeness = np.exp(-between)
+        likeness[:, np.arange(near), np.arange(near)] += smooth.nugget
+        solved = np.linalg.solve(likeness, np.stack([np.ones_like(distance), values[index]], axis=-1))
+        ones, data = solved[..., 0], solved[..., 1]
+        mean = data.sum(1) / ones.sum(1)
+        found[start : start + BLOCK] = mean + (np.exp(-distance) * (data - mean[:, None] * ones)).sum(1)
+    return found
+
+
+def learn_smoothness(points: FloatArray, values: FloatArray, rng: np.random.Generator) -> Smoothness:
+    """Return the lengths and the nugget that guess points best from the others, by search along one at a time."""
+    dimensions = points.shape[1]
+    smooth = Smoothness((DEFAULT_OCTAVES,) * dimensions)
+    if len(values) < FEW_POINTS or not dimensions:
+        return smooth
+    rows = rng.permutation(len(values))
+    split = min(TRIALS, len(values) // 5)
+    trial, rest = rows[:split], rows[split:]
+
+    def loss(candidate: Smoothness) -> float:
+        guessed = krige(points[rest], values[rest], points[trial], candidate)
+        return float(np.minimum(np.abs(guessed - values[trial]), WORST).mean())
+
+    best = loss(smooth)
+    for factors, nuggets in (((4.0, 0.25), (0.1, 10.0)), ((2.0, 0.5), (0.3, 3.0))):
+        for axes in ((*range(dimensions),), *((axis,) for axis in range(dimensions))):
+            for factor in factors:
+                while True:
+                    octaves = tuple(
+                        float(np.clip(length * factor, *LENGTHS)) if axis in axes else length
+                        for axis, length in enumerate(smooth.octaves)
+                    )
+                    candidate = Smoothness(octaves, smooth.nugget)
+                    found = loss(candidate) if octaves != smooth.octaves else best
+                    if found >= best - 1e-5:
+                        break
+                    best, smooth = found, candidate
+        for factor in nuggets:
+            candidate = Smoothness(smooth.octaves, smooth.nugget * factor)
+            if (found := loss(candidate)) < best - 1e-5:
+                best, smooth = found, candidate
+    return smooth
+
+
+def correct(
+    coordinates: tuple[FloatArray, ...], residual: FloatArray, cells: tuple[FloatArray, ...], smooth: Smoothness
+) -> tuple[FloatArray, Any]:
+    """Return the correction at each cell, and whether the cell was measured; its own points' mean, where it was.
+
+    Far from every measured size it fades away and leaves the law.
+    """
+    from scipy.spatial import cKDTree
+
+    points, targets = logs(coordinates), logs(cells)
+    tree = cKDTree(targets)
+    near, cell = tree.query(points, k=1, p=np.inf)
+    at_cell = near < 0.01
+    count = np.bincount(cell[at_cell], minlength=len(targets))
+    total = np.bincount(cell[at_cell], weights=residual[at_cell], minlength=len(targets))
+    measured = count > 0
+    local = total / np.maximum(count, 1)
+    varied = np.ptp(points, axis=0) > 0
+    if not varied.any():
+        return np.full(len(targets), np.median(residual)), measured
+    lengths = Smoothness(tuple(np.array(smooth.octaves)[varied].tolist()), smooth.nugget)
+    between = ~measured
+    if between.any():
+        guessed = krige(points[:, varied], residual, targets[between][:, varied], lengths)
+        away = cKDTree(points).query(targets[between], k=1, p=np.inf)[0]
+        local[between] = guessed / (1.0 + (np.maximum(away, 0.05) / HALF_OCTAVES) ** 3)
+    return local, measured
