@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from longcat_sim.capacity.candidates import search_of
-from longcat_sim.capacity.screen import Screened, objective_of
+from longcat_sim.capacity.screen import Screened, objective_of, tpot_limit_s
 from longcat_sim.specs.price import HOURS_PER_MONTH
 from longcat_sim.specs.scenario import Scenario
 
@@ -59,6 +59,11 @@ class CapacityResult:
     def usd_basis(self) -> str:
         """Which GPUs the prices pay for."""
         return "decode_gpus" if self.scenario.serve is None else "fleet"
+
+    @property
+    def tpot_limit_s(self) -> float | None:
+        """The level on the time per output token, if there is one."""
+        return tpot_limit_s(self.scenario)
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that ``capacity --json`` prints."""

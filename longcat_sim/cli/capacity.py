@@ -18,6 +18,7 @@ def run(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
     dask: Annotated[str | None, typer.Option(help="Simulate on the Dask cluster of this scheduler address.")] = None,
     processes: Annotated[int, typer.Option(help="Worker processes; 0: one per core.", min=0)] = 0,
+    picture: Annotated[Path | None, typer.Option(help="Draw price against speed into this .html or .png.")] = None,
     store: Annotated[Path | None, typer.Option(help="Keep results in this JSON Lines file; resumes from it.")] = None,
 ) -> None:
     """Find the deployment that answers a scenario's search best."""
@@ -27,6 +28,12 @@ def run(
     made = load(scenario, set_ or [])
     with _executor(dask, processes) as executor:
         result = capacity(made, executor, store=store, progress=progress_line("simulated", 2.0, say))
+    if picture is not None:
+        from longcat_sim.figures.capacity import capacity_figure
+        from longcat_sim.figures.picture import write_picture
+
+        write_picture(capacity_figure(result), picture)
+        say(f"picture written to {picture}")
     if json:
         print_json(result.to_json())
     else:

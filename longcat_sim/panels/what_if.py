@@ -48,7 +48,7 @@ class WhatIfPanel(Panel):
         self._knots, self._knob = Knots(), next(name for name in self.paths if name != "price")
         self.base = fast_figures(scenario, op_times(scenario.hardware))
         overlaps = overlaps_of(scenario)
-        controls = [Control(name, f"{name}, times today's", 1.0, 0.1, 10.0, is_log=True) for name in self.paths]
+        controls = [Control(name, f"{name} ×", 1.0, 0.1, 10.0, is_log=True) for name in self.paths]
         controls.append(Control("overlap", "overlap", scenario.deployment.overlap, choices=overlaps))
         super().__init__(controls)
 
@@ -72,7 +72,7 @@ class WhatIfPanel(Panel):
 
         figure = go.Figure()
         names = [name for name, _, _ in SHOWN]
-        today = [f"{self.base[key] * scale:.3g}" for _, key, scale in SHOWN]
+        today = [_short(self.base[key] * scale) for _, key, scale in SHOWN]
         figure.add_bar(x=names, y=[1.0] * len(names), text=today, name="today", marker={"color": "#8a94a3"})
         figure.add_bar(x=names, y=[1.0] * len(names), name="what if", marker={"color": "#2a6f97"})
         figure.update_layout(
@@ -102,10 +102,14 @@ class WhatIfPanel(Panel):
             got["usd_per_million_output_tokens"] *= 1 + (self.values["price"] - 1) * rent / paid
         put(
             self.figure.data[1], y=[got[key] / self.base[key] for _, key, _ in SHOWN],
-            text=[f"{got[key] * scale:.3g}" for _, key, scale in SHOWN],
+            text=[_short(got[key] * scale) for _, key, scale in SHOWN],
         )  # fmt: skip
         self.text = (
             f"{got['tpot_s'] * 1e3:.3g} ms per token (today {self.base['tpot_s'] * 1e3:.3g}), "
             f"{got['usd_per_million_output_tokens']:.3g} USD per million output tokens "
             f"(today {self.base['usd_per_million_output_tokens']:.3g})"
         )
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

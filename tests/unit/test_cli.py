@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from longcat_sim.calibration.fit_file import SCHEMA
 from longcat_sim.cli import main
 
 DECODE = {
@@ -150,7 +151,8 @@ def test_a_damaged_fit_is_a_fault_of_the_file(capsys: pytest.CaptureFixture[str]
     path = tmp_path / "broken.yaml"
     path.write_text(
         "schema: 1\nname: broken\ndatasheet:\n  device: X\n  peak: {bf16: 989 TFLOP/s}\n  memory: 200 GB\n"
-        "  memory_bandwidth: 3 TB/s\nfit:\n  schema: 1\n  laws: []\n  collectives: {curves: [], reference: null}\n"
+        "  memory_bandwidth: 3 TB/s\nfit:\n"
+        f"  schema: {SCHEMA}\n  laws: []\n  collectives: {{curves: [], reference: null}}\n"
     )
     code, _, err = run(capsys, "simulate", "longcat-flash-h800-decode", "--set", f"hardware={path}")
     assert code == 2
