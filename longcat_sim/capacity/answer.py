@@ -168,7 +168,7 @@ class CapacityResult:
             users = f"{rate['concurrent_users']:,.0f} users at once"
             return [
                 ("fleet", f"{rate['num_gpus']} GPUs, {rate['replicas']} replicas{spares}: {made} output tokens/s"),
-                ("", f"= {users} at this level"),
+                ("", f"= {users} at this level, {rate['usd_per_month']:,.0f} USD a month"),
             ]
         highest = _with_interval(rate, "requests_per_s", "{:.3g}")
         return [

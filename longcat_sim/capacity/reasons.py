@@ -9,6 +9,8 @@ import numpy as np
 
 from longcat_sim.capacity.answer import Survivor
 from longcat_sim.capacity.candidates import search_of
+from longcat_sim.capacity.fleet import replicas_for
+from longcat_sim.capacity.price import month_usd
 from longcat_sim.capacity.samples import fast_figures
 from longcat_sim.capacity.screen import OBJECTIVES, Screened, Times
 from longcat_sim.capacity.sensitivity import tornado
@@ -119,13 +121,16 @@ def why(screened: Screened, winner: Survivor, scenario: Scenario, feasible: Any)
     return rows
 
 
-def fleet_rate(winner: Survivor, scenario: Scenario) -> dict[str, Any]:
-    """Return what ``max_gpus`` of the winner carry at the service level, spare replicas left out."""
+def fleet_rate(winner: Survivor, scenario: Scenario, winner_scenario: Scenario) -> dict[str, Any]:
+    """Return what ``max_gpus`` of the winner carry at the service level, or the replicas that make the wanted rate;
+    spare replicas are left out of what is carried, and paid."""
     search = search_of(scenario)
     per_replica = int(winner.screened["num_gpus"])
-    replicas = search.max_gpus // per_replica
-    working = max(0, replicas - search.spare_replicas)
     per_gpu = winner.screened["sequences_per_gpu"] / winner.figure("tpot_s")
+    replicas = search.max_gpus // per_replica
+    if search.output_tokens_per_s is not None:
+        replicas = replicas_for(search.output_tokens_per_s, per_replica * per_gpu, spare=search.spare_replicas)
+    working = max(0, replicas - search.spare_replicas)
     whole, figures = working * per_replica * winner.screened["sequences_per_gpu"], winner.figures or {}
     interval = {
         f"output_tokens_per_s_{at}": whole / figures[f"tpot_s_{other}"]
@@ -134,6 +139,7 @@ def fleet_rate(winner: Survivor, scenario: Scenario) -> dict[str, Any]:
     }
     return {
         "output_tokens_per_s": working * per_replica * per_gpu, **interval, "requests_per_s": None,
+        "usd_per_month": month_usd(replicas * per_replica, winner_scenario.usd_per_gpu_hour),
         "replicas": replicas,
         "spare_replicas": search.spare_replicas, "num_gpus": replicas * per_replica,
         "concurrent_users": whole,

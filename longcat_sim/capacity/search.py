@@ -129,7 +129,8 @@ def search_steps(
     return CapacityResult(
         scenario, winner, rows, [screened.row(i) for i in shown],
         binding(screened, winner, scenario, op_times, limit_s),
-        why(screened, winner, scenario, kept), dict(screened.rejected.counts), fleet_rate(winner, scenario),
+        why(screened, winner, scenario, kept), dict(screened.rejected.counts),
+        fleet_rate(winner, scenario, screened.scenario(winner.at)),
         screened.looked_at, len(screened), screened.wall_s, spent, screened.interpolation_error,
         kendall(rows, search.objective), _notes(rows, scenario), screened,
     )  # fmt: skip

@@ -49,6 +49,8 @@ class Search(Part):
     """Chance with which the winner must meet the service level, over calibration, routing and model error."""
     attainment: float = Field(default=0.95, gt=0, lt=1)
     """Share of the requests of each class of traffic that must be within ``serve.slo``."""
+    output_tokens_per_s: Positive | None = None
+    """What the whole fleet must make, where there is no traffic: its replicas follow. Unset: ``max_gpus`` are used."""
     spare_replicas: int = Field(default=0, ge=0)
     """Replicas of each pool beyond what the traffic needs (1: N+1)."""
     survivors: Count = 50

@@ -55,6 +55,11 @@ def serving_capacity(
     """
     search = search_of(scenario)
     ttft, tpot = ttft_and_tpot_limits(scenario)
+    if search.output_tokens_per_s is not None:
+        raise CapacityError(
+            f"{scenario.where}: search.output_tokens_per_s: expected none under traffic, which says what is asked for; "
+            f"got {search.output_tokens_per_s:g}; set serve.workload.arrivals.rate instead"
+        )
     check_draws(scenario.draws, search.probability, scenario.where)
     kept = shapes(scenario)[0]
     check_reachable(scenario, kept, tpot_limit_s(scenario))

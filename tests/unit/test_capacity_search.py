@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from longcat_sim.calibration import Roofline
 from longcat_sim.capacity import samples
 from longcat_sim.capacity.candidates import memory_at, room_of
+from longcat_sim.capacity.reasons import fleet_rate
 from longcat_sim.capacity.screen import pareto, screen_steps
 from longcat_sim.capacity.search import search_steps
 from longcat_sim.errors import CapacityError, SpecError
@@ -86,6 +87,14 @@ def test_the_winner_is_the_cheapest_that_keeps_the_level(base: Scenario) -> None
     assert rate["num_gpus"] == 64
     batch = result.winner.screened["sequences_per_gpu"]
     assert rate["output_tokens_per_s"] == pytest.approx(64 * batch / result.winner.figure("tpot_s"))
+    wanted = 2.5 * rate["output_tokens_per_s"]  # how many GPUs for so many tokens/s, one replica to spare
+    case = base.what_if({"search.output_tokens_per_s": wanted, "search.spare_replicas": 1})
+    fleet = fleet_rate(result.winner, case, result.screened.scenario(result.winner.at))
+    size = result.winner.screened["num_gpus"]
+    assert fleet["num_gpus"] == (np.ceil(2.5 * 64 / size) + 1) * size
+    assert fleet["output_tokens_per_s"] >= wanted
+    usd = base.price.hardware_usd_per_gpu_hour[result.screened.scenario(result.winner.at).hardware.name]
+    assert fleet["usd_per_month"] == pytest.approx(fleet["num_gpus"] * usd * 730.5)
     document = json.loads(json.dumps(result.to_json()))
     assert {"winner", "pareto", "binding", "rejected", "max_rate_at_slo"} <= set(document)
     assert "wins" in str(result.to_json()) or "winner" in str(result)
