@@ -162,7 +162,8 @@ class CapacityResult:
 
     def _fleet(self) -> list[tuple[str, str]]:
         rate = self.max_rate_at_slo
-        spares = f" ({rate['spare_replicas']} spare)" if rate["spare_replicas"] else ""
+        each = " in each pool" if self.scenario.serve is not None and self.scenario.serve.is_disaggregated else ""
+        spares = f" ({rate['spare_replicas']} spare{each})" if rate["spare_replicas"] else ""
         made = _with_interval(rate, "output_tokens_per_s", "{:,.0f}")
         if self.scenario.serve is None:
             users = f"{rate['concurrent_users']:,.0f} users at once"

@@ -220,7 +220,7 @@ def bill(pools: list[Work], usd_per_gpu_hour: float) -> Bill:
         input_usd=computed,
         cached_input_usd=cached,
         output_usd=output,
-        idle_usd=idle,
+        idle_usd=max(idle, 0.0),  # not less but for rounding
         input_tokens=sum(pool.input_tokens for pool in pools),
         cached_tokens=sum(pool.cached_tokens for pool in pools),
         output_tokens=sum(pool.output_tokens for pool in pools),
