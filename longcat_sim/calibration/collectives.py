@@ -41,7 +41,13 @@ KERNEL_GAP_S, KERNEL_GAP_SPREAD_S = 1.5e-6, 0.5e-6
 durations) leave out: 2.0 us over 857 gaps below 6 us on an H800, in a trace whose durations are cut to whole
 microseconds (half a microsecond each). Source: deepseek-ai/profile-data train.json @4496024."""
 LOCAL_PASSES = 4.0
-"""Passes over device memory of a low-latency exchange on one rank: staging, NIC reads, NIC writes, unpacking."""
+"""Passes over device memory of a low-latency exchange on one rank, counted by what it must do: rows are staged, read by
+the NIC, written by the NIC, unpacked (assumed: none of them stays in a cache)."""
+NCCL_SMS = 16
+"""SMs that a collective of NCCL holds inside a node (assumed: one block per channel; NCCL opens up to 24 or 32 channels
+on NVLink of Hopper, fewer for small messages)."""
+NCCL_PASSES = 2.0
+"""Passes over device memory of a collective of NCCL: each byte is read once and written once."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +273,7 @@ class CollectiveTimes:
             staging = self._tables[op.kind, op.variant][0].floor_s + passes * op.message_bytes / bandwidth
             sm = min(1.0, staging / seconds)
         else:
-            sm, passes = 16 / (self.hardware.sm_count or 132), 2.0
+            sm, passes = NCCL_SMS / (self.hardware.sm_count or 132), NCCL_PASSES
         return ResourceShares(
             sm=sm,
             memory=min(1.0, passes * op.message_bytes / (bandwidth * seconds)),
@@ -328,23 +334,6 @@ def _links(hardware: HardwareSpec) -> dict[str, float]:
     return {name: float(link.bandwidth) for name, link in found.items() if link is not None}
 
 
-def leave_one_out(times: CollectiveTimes) -> list[dict[str, Any]]:
-    """Return, per kind and variant, the error of predicting each inner rank count from its neighbours."""
-    rows = []
-    for (kind, variant), table in times._tables.items():
-        errors = []
-        for i in range(1, len(table) - 1):
-            rest = CollectiveTimes(times.hardware, [c for c in table if c is not table[i]], times.reference)
-            size = np.array(table[i].bytes)[np.array(table[i].bytes) > 0]
-            errors += list(rest._seconds(kind, variant, size, table[i].ranks) / table[i].at(size) - 1)
-        if errors:
-            rows.append(
-                {"kind": kind, "variant": variant, "count": len(errors), "median": float(np.median(np.abs(errors))),
-                 "worst": float(np.max(np.abs(errors)))}
-            )  # fmt: skip
-    return rows
-
-
 def collectives_of(path: Any, hardware: HardwareSpec, load: Any) -> CollectiveTimes | None:
     """Return the times of one hardware from a file of records; None where it has none.
 
@@ -366,19 +355,3 @@ def collectives_of(path: Any, hardware: HardwareSpec, load: Any) -> CollectiveTi
             own = own.with_curves(h100.carried_to(hardware, nvlink))
         own = own.with_curves(sweep.carried_to(hardware, ("dispatch", "combine")))
     return own
-
-
-def write_collectives(profile: Any, records: Any, load: Any) -> bool:
-    """Put the collectives that a file of records holds for a profile into its ``fit:``; return whether there are any.
-
-    What else the fit holds stays as it is.
-    """
-    from longcat_sim.calibration.fit_file import SCHEMA, write_fit
-
-    hardware = load(profile)
-    times = collectives_of(records, hardware, load)
-    if times is None:
-        return False
-    fit = dict(hardware.fit) if hardware.fit else {"schema": SCHEMA, "method": "published tables", "laws": []}
-    write_fit(profile, {**fit, "collectives": times.to_fit()})
-    return True

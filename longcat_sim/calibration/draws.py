@@ -7,18 +7,16 @@ sizes the draw's own weights (fitted to a resample) bend the law too. Carried-ov
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from zlib import crc32
 
 import numpy as np
 
+from longcat_sim.calibration.answer import Answer, Key
 from longcat_sim.calibration.fitted import LEVELS, law_seconds
 from longcat_sim.calibration.local import logs
 from longcat_sim.calibration.transfer import SHEET_ERROR
 from longcat_sim.ops.op import KINDS, FloatArray, Op, OpArrays, ResourceShares, Tag
-
-if TYPE_CHECKING:
-    from longcat_sim.calibration.op_times import Key, OpTimes
 
 WAVES = 8
 """Random cosines whose sum is close to a normal field."""
@@ -29,10 +27,33 @@ OCTAVES = 2.0
 """Length over which the field changes (assumed: kernels change their tiling every octave or two)."""
 
 
+class Fit(Protocol):
+    """What a draw needs of the fit that it is drawn from (``OpTimes``)."""
+
+    seed: int
+    collectives_: Any
+
+    def seconds_many(self, ops: OpArrays) -> FloatArray:
+        """Return the fit's times [N]."""
+        ...
+
+    def demand(self, op: Op) -> ResourceShares:
+        """Return the fit's shares."""
+        ...
+
+    def tag(self, op: Op) -> Tag:
+        """Return where the fit's figure comes from."""
+        ...
+
+    def answer(self, key: Key) -> Answer | None:
+        """Return which law answers for ``key``, or None for the data sheet."""
+        ...
+
+
 class Draw:
     """Op times of one draw. Equal (fit, index) give equal times, whatever was asked before."""
 
-    def __init__(self, parent: OpTimes, index: int) -> None:
+    def __init__(self, parent: Fit, index: int) -> None:
         self.parent = parent
         self.index = index
         self._fields: dict[Key, tuple[FloatArray, FloatArray, float, float]] = {}
@@ -56,7 +77,7 @@ class Draw:
                 return np.asarray(self._links.seconds_many(ops), dtype=float)
             return self.parent.seconds_many(ops)
         base = self.parent.seconds_many(ops)
-        answer = self.parent._answer((ops.kind, ops.dtype, ops.variant))
+        answer = self.parent.answer((ops.kind, ops.dtype, ops.variant))
         if answer is None:
             shift = self._field((ops.kind, ops.dtype, ops.variant), 1)[3]
             return base * np.exp(SHEET_ERROR * shift) if ops.kind != "host" else base

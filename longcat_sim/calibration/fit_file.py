@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import yaml
 
+from longcat_sim.calibration.collectives import CollectiveTimes
 from longcat_sim.calibration.fitted import FittedLaw
 from longcat_sim.calibration.laws import LAWS, Device
 from longcat_sim.errors import MeasurementError, SpecError
 from longcat_sim.ops.op import FloatArray
 from longcat_sim.records.files import write_text
 from longcat_sim.specs.hardware import HardwareSpec, load_hardware
-
-if TYPE_CHECKING:
-    from longcat_sim.calibration.op_times import OpTimes
 
 SCHEMA = 2
 STEP = 0.01
@@ -50,10 +48,12 @@ def _packed_correction(correction: FloatArray) -> dict[str, Any]:
     return {"correction": _pack(steps.astype(np.int8).tobytes())}
 
 
-def write_section(times: OpTimes) -> dict[str, Any]:
+def write_section(
+    fitted: Iterable[FittedLaw], collectives: CollectiveTimes | None, provenance: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the section as plain YAML data."""
     laws = []
-    for law in times.laws_.values():
+    for law in fitted:
         document: dict[str, Any] = {"kind": law.kind, "dtype": law.dtype}
         if law.variant:
             document["variant"] = law.variant
@@ -81,9 +81,9 @@ def write_section(times: OpTimes) -> dict[str, Any]:
             document["draws"] = len(law.draws_)
             document["draw_weights"] = _pack(law.draws_.astype(np.float32).tobytes())
         laws.append(document)
-    section: dict[str, Any] = {"schema": SCHEMA, **times.provenance, "laws": laws}
-    if times.collectives_ is not None and hasattr(times.collectives_, "to_fit"):
-        section["collectives"] = times.collectives_.to_fit()
+    section: dict[str, Any] = {"schema": SCHEMA, **provenance, "laws": laws}
+    if collectives is not None:
+        section["collectives"] = collectives.to_fit()
     return section
 
 
@@ -141,8 +141,6 @@ def read_fit(hardware: HardwareSpec) -> tuple[dict[Any, FittedLaw], Any, dict[st
         ) from None
     collectives = None
     if section.get("collectives"):
-        from longcat_sim.calibration.collectives import CollectiveTimes
-
         try:
             collectives = CollectiveTimes.from_fit(section["collectives"], hardware)
         except (KeyError, ValueError, TypeError, IndexError) as error:

@@ -25,8 +25,8 @@ PRIOR_WEIGHT = 1.25
 PRIOR_POINTS = 0.3
 """The prior counts as this many points that are wrong by their whole value."""
 SMALL = 10.0
-"""A point that takes this many times as long as the smallest ones counts half as much as the largest: a law must know how
-large ops grow; small ones are mostly the floor, and the correction holds them."""
+"""A point that takes this many times as long as the smallest ones counts half as much as the largest: a law must know
+how large ops grow; small ones are mostly the floor, and the correction holds them."""
 MANY = 100
 """With fewer points than this, all count alike: none can be spared."""
 FIT_ROWS = 4000
@@ -104,7 +104,7 @@ def columns(
         return np.array(flat).T if flat else np.zeros((int(np.prod(shape)), 0))
 
     return (
-        stack(terms.serial, device.bandwidth),
+        stack(terms.serial, device.sm_rate),
         stack(terms.compute, device.peak),
         stack(terms.memory, device.bandwidth),
     )

@@ -1,8 +1,10 @@
 """The law of each op kind: which sizes matter, and the work terms whose weights a fit finds.
 
 ``seconds = overhead + sum(s S) + max(sum(c C) / peak, sum(m M) / bandwidth)``, all weights >= 0. C are FLOP, M and S
-bytes (S are never hidden). Efficiency depends on size because some terms grow slower than the work itself: rows padded
-to a tile, tiles padded to full waves over the SMs, bytes that a cache holds. An efficiency of 0.8 is a weight of 1.25.
+bytes; S are never hidden, and move at the pace of the SMs: the same work takes an H200 as long as an H100, though its
+memory is 1.4 times as fast (top-k, quantising of GEMM inputs: weights relative to bandwidth 1.43 times as large).
+Efficiency depends on size because some terms grow slower than the work itself: rows padded to a tile, tiles padded to
+full waves over the SMs, bytes that a cache holds. An efficiency of 0.8 is a weight of 1.25.
 
 Sizes are reduced to at most four coordinates per kind; every term grows (or stays) with each coordinate, so a law does.
 """
@@ -23,6 +25,8 @@ TILE = 128
 (DeepGEMM README @55ab91f); the fit weighs three of them."""
 EPILOGUE = 256
 """Steps of the inner loop that writing out one tile is counted as; the fit weighs it."""
+SM_RATE = 25e9
+"""Unit of what one SM moves in a second: an SM's share of an H100's memory bandwidth; fits weigh it."""
 DOUBLING_S = 1e-6
 """Unit of a delay that grows with each doubling of a context; the fit weighs it."""
 
@@ -34,6 +38,11 @@ class Device(NamedTuple):
     bandwidth: float
     sm_count: float
     cache_bytes: float
+
+    @property
+    def sm_rate(self) -> float:
+        """Bytes per second that all SMs move at one unit of weight."""
+        return self.sm_count * SM_RATE
 
 
 class Terms(NamedTuple):
@@ -137,7 +146,7 @@ def _mla_terms(c: Coordinates, dtype: str, device: Device) -> Terms:
         [
             query_bytes,
             c["batch"] * tiles * 4096.0,
-            np.log2(np.maximum(c["context"] / 64, 1.0)) * DOUBLING_S * device.bandwidth,
+            np.log2(np.maximum(c["context"] / 64, 1.0)) * DOUBLING_S * device.sm_rate,
         ],
     )
 
@@ -178,8 +187,8 @@ def _indexer_terms(c: Coordinates, dtype: str, device: Device) -> Terms:
     blocks = c["batch"] * _ceil(c["context"] / 256)
     return Terms(
         [2.0 * c["batch"] * pairs * c["width"], 2.0 * 256 * c["width"] * _waves(blocks, device)],
-        [keys, scores],
-        [item_bytes(dtype) * c["batch"] * c["queries"] * c["width"]],
+        [keys],
+        [item_bytes(dtype) * c["batch"] * c["queries"] * c["width"], scores],
     )
 
 
@@ -190,8 +199,8 @@ def _sparse_terms(c: Coordinates, dtype: str, device: Device) -> Terms:
     gathered = item_bytes(dtype) * c["queries"] * c["selected"] * c["kv"]
     return Terms(
         [2.0 * c["queries"] * c["heads"] * c["selected"] * width, 2.0 * 64 * 64 * width * _waves(blocks, device)],
-        [gathered, 2.0 * c["queries"] * c["heads"] * width],
         [2.0 * c["queries"] * c["heads"] * width],
+        [2.0 * c["queries"] * c["heads"] * width, gathered],  # most rows come from the cache
     )
 
 
@@ -216,8 +225,13 @@ def _topk_terms(c: Coordinates, dtype: str, device: Device) -> Terms:
     values = item_bytes(dtype) * c["rows"] * c["n"]
     return Terms(
         [],
-        [*_cached(values, device), item_bytes(dtype) * c["n"] * _waves(c["rows"], device)],
-        [8.0 * c["rows"] * c["k"], 64.0 * c["rows"], 4.0 * c["k"]],
+        _cached(values, device),
+        [
+            8.0 * c["rows"] * c["k"],
+            64.0 * c["rows"],
+            4.0 * c["k"],
+            item_bytes(dtype) * c["n"] * _waves(c["rows"], device),
+        ],
     )
 
 

@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from longcat_sim.calibration.answer import Answer, Key
+from longcat_sim.calibration.draws import Draw
+from longcat_sim.calibration.fit_file import read_fit, write_section
 from longcat_sim.calibration.fitted import LEVELS, FittedLaw, law_parts
 from longcat_sim.calibration.laws import LAWS, Device
 from longcat_sim.calibration.roofline import Roofline
 from longcat_sim.calibration.splits import judge
-from longcat_sim.calibration.table import TimeTable
 from longcat_sim.calibration.transfer import SHEET_ERROR, transfer_spread
 from longcat_sim.errors import MeasurementError, SpecError, UnmeasuredOpError
 from longcat_sim.ops.op import KINDS, FloatArray, Op, OpArrays, OpTimesLike, ResourceShares, Tag, worst_tag
@@ -24,7 +26,6 @@ MIN_POINTS = 5
 """Fewest points of one kind, dtype and variant that a law can be fitted to."""
 CPU_CACHE_BYTES = 1e6
 """Cache of a device whose profile names none (assumed: one core's L2)."""
-Key = tuple[str, str, str]
 PASSES: dict[str, Callable[[Mapping[str, Any]], tuple[Any, ...]]] = {
     "norm": lambda d: (d["rows"], d["width"], 1.0),
     "permute": lambda d: (d["rows"], d["width"], 1.0),
@@ -48,21 +49,6 @@ def device_of(hardware: HardwareSpec, dtype: str) -> Device:
 
 
 @dataclass
-class _Answer:
-    """How one (kind, dtype, variant) is answered: a law on this hardware, and how far it is from what was measured."""
-
-    law: FittedLaw
-    table: TimeTable
-    device: Device
-    dtype: str
-    best: Tag
-    reduce: Callable[[Mapping[str, Any]], tuple[Any, ...]]
-    """Dims of the asked op -> coordinates of the law."""
-    spread: float
-    """Standard deviation (log) added because the law was carried to other hardware, precision or variant."""
-
-
-@dataclass
 class OpTimes:
     """Times of ops alone on one device. ``fit`` or ``from_hardware`` makes one; ``draw(i)`` is one bootstrap draw."""
 
@@ -76,7 +62,7 @@ class OpTimes:
 
     def __post_init__(self) -> None:
         self._sheet = Roofline(self.hardware)
-        self._answers: dict[Key, _Answer | None] = {}
+        self._answers: dict[Key, Answer | None] = {}
         self._seconds: dict[Op, float] = {}
 
     # -- learning ------------------------------------------------------------------------------------------------
@@ -139,16 +125,12 @@ class OpTimes:
         Raises:
             MeasurementError: the section was written by another version.
         """
-        from longcat_sim.calibration.fit_file import read_fit
-
         laws, collectives, provenance, draws = read_fit(hardware)
         return cls(hardware, laws, collectives, seed=seed, draws=draws, provenance=provenance)
 
     def to_fit(self) -> dict[str, Any]:
         """Return the ``fit:`` section of a hardware profile."""
-        from longcat_sim.calibration.fit_file import write_section
-
-        return write_section(self)
+        return write_section(self.laws_.values(), self.collectives_, self.provenance)
 
     @property
     def errors_(self) -> list[dict[str, Any]]:
@@ -173,7 +155,7 @@ class OpTimes:
         if KINDS[op.kind].is_collective:
             known = float(self._links().seconds(op))
         else:
-            answer = self._answer((op.kind, op.dtype, op.variant))
+            answer = self.answer((op.kind, op.dtype, op.variant))
             if answer is None:
                 known = self._sheet_seconds(op)
             else:
@@ -190,7 +172,7 @@ class OpTimes:
         """
         if KINDS[ops.kind].is_collective:
             return np.asarray(self._links().seconds_many(ops), dtype=float)
-        answer = self._answer((ops.kind, ops.dtype, ops.variant))
+        answer = self.answer((ops.kind, ops.dtype, ops.variant))
         if answer is None:
             return self._sheet_many(ops)
         points = _broadcast(answer.reduce(ops.dims), len(ops))
@@ -203,7 +185,7 @@ class OpTimes:
         """
         if KINDS[op.kind].is_collective:
             return self._links().demand(op)
-        answer = self._answer((op.kind, op.dtype, op.variant))
+        answer = self.answer((op.kind, op.dtype, op.variant))
         if answer is None:
             return ResourceShares(host=1.0) if op.kind == "host" else self._sheet.demand(op)
         point = tuple(np.array([c]) for c in answer.reduce(op.dims))
@@ -219,7 +201,7 @@ class OpTimes:
         """Return where the figure comes from."""
         if KINDS[op.kind].is_collective:
             return self._links().tag(op)
-        answer = self._answer((op.kind, op.dtype, op.variant))
+        answer = self.answer((op.kind, op.dtype, op.variant))
         if answer is None:
             return "datasheet"
         point = tuple(np.array([float(c)]) for c in answer.reduce(op.dims))
@@ -229,7 +211,7 @@ class OpTimes:
         """Return the interval that holds the measured time with probability ``level``, by held-out residuals."""
         from scipy.special import ndtri
 
-        answer = self._answer((op.kind, op.dtype, op.variant))
+        answer = self.answer((op.kind, op.dtype, op.variant))
         seconds = self.seconds(op)
         low, high, spread = 0.0, 0.0, SHEET_ERROR
         if answer is not None:
@@ -240,15 +222,13 @@ class OpTimes:
 
     def draw(self, index: int) -> OpTimesLike:
         """Return one bootstrap draw of the whole fit, itself an ``OpTimesLike``. Equal indices give equal draws."""
-        from longcat_sim.calibration.draws import Draw
-
         return Draw(self, index)
 
     def notes(self, ops: Sequence[Op] = ()) -> list[str]:
         """Return what a reader must know: which kinds come from the data sheet or were carried over, and how far."""
         lines = []
         for kind, dtype, variant in sorted({(o.kind, o.dtype, o.variant) for o in ops if not o.is_collective}):
-            answer = self._answer((kind, dtype, variant))
+            answer = self.answer((kind, dtype, variant))
             name = " ".join(filter(None, (kind, dtype, variant)))
             if answer is None:
                 lines.append(
@@ -267,13 +247,13 @@ class OpTimes:
     def _links(self) -> Any:
         return self.collectives_ if self.collectives_ is not None else self._sheet
 
-    def _answer(self, key: Key) -> _Answer | None:
+    def answer(self, key: Key) -> Answer | None:
         """Return how ``key`` is answered, or None for the data sheet."""
         if key not in self._answers:
             self._answers[key] = self._find(key)
         return self._answers[key]
 
-    def _find(self, key: Key) -> _Answer | None:
+    def _find(self, key: Key) -> Answer | None:
         kind, dtype, variant = key
         found = [law for law in self.laws_.values() if law.kind == kind]
         reduce = LAWS[kind].reduce
@@ -295,7 +275,7 @@ class OpTimes:
         spread = transfer_spread(law, same, dtype, variant)
         carried = law.kind != kind or law.dtype != dtype or law.variant not in ("", variant)
         best: Tag = "extrapolated" if carried or spread > 0 else "interpolated" if law.transferred_from else "measured"
-        return _Answer(law, law.table(device, dtype), device, dtype, best, reduce, spread)
+        return Answer(law, law.table(device, dtype), device, dtype, best, reduce, spread)
 
     def _sheet_seconds(self, op: Op) -> float:
         try:
@@ -320,7 +300,7 @@ def _work(ops: OpArrays) -> Any:
 
 
 def _is_work(op: Op) -> bool:
-    return op.kind == "host" or all(size > 0 for size in op.sizes) or op.memory_bytes > 0
+    return op.kind == "host" or min(op.sizes) > 0 or op.memory_bytes > 0
 
 
 def _broadcast(parts: tuple[Any, ...], length: int) -> list[FloatArray]:

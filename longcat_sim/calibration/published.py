@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from longcat_sim.calibration.answer import Key
 from longcat_sim.calibration.artefacts import without_accidents
 from longcat_sim.calibration.importers import published
 from longcat_sim.calibration.importers.aiconfigurator import SYSTEMS, import_aiconfigurator
 from longcat_sim.calibration.importers.kernels import READERS, import_kernels
-from longcat_sim.calibration.op_times import Key, OpTimes
+from longcat_sim.calibration.op_times import OpTimes
 from longcat_sim.errors import MeasurementError
 from longcat_sim.ops.op import Op
 from longcat_sim.records.measurement import Measurement

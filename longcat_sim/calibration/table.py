@@ -95,6 +95,7 @@ class TimeTable:
         self._strides = [int(np.prod(self.values.shape[i + 1 :])) for i in range(self.values.ndim)]
         self._lists = [axis.tolist() for axis in self.axes]
         self._fast: list[float] | None = None
+        self._corners: list[int] = []
 
     def many(self, points: Sequence[FloatArray]) -> FloatArray:
         """Return the times at ``points`` (one array per axis) [N]; sizes are clipped to the grid."""
@@ -122,23 +123,20 @@ class TimeTable:
         """Return the time at one point; the same as ``many``, without arrays."""
         if self._fast is None:
             self._fast = self._flat.tolist()
-        corners = [(0, 1.0)]
+            varied = [stride for axis, stride in zip(self.axes, self._strides, strict=True) if len(axis) > 1]
+            self._corners = [sum(step) for step in product(*((0, stride) for stride in varied))]
+        base = 0
+        shares = []
         for axis, stride, at in zip(self._lists, self._strides, point, strict=True):
             last = len(axis) - 2
             if last < 0:
                 continue
             index = min(max(bisect_right(axis, at) - 1, 0), last)
             low = axis[index]
-            share = min(max((at - low) / (axis[index + 1] - low), 0.0), 1.0)
-            base = index * stride
-            if share == 0.0:
-                corners = [(offset + base, weight) for offset, weight in corners]
-            elif share == 1.0:
-                corners = [(offset + base + stride, weight) for offset, weight in corners]
-            else:
-                corners = [
-                    piece
-                    for offset, weight in corners
-                    for piece in ((offset + base, weight * (1.0 - share)), (offset + base + stride, weight * share))
-                ]
-        return sum(weight * self._fast[offset] for offset, weight in corners)
+            shares.append(min(max((at - low) / (axis[index + 1] - low), 0.0), 1.0))
+            base += index * stride
+        fast = self._fast
+        values = [fast[base + step] for step in self._corners]
+        for share in reversed(shares):  # the last axis varies fastest
+            values = [low + (high - low) * share for low, high in zip(values[::2], values[1::2], strict=True)]
+        return values[0]

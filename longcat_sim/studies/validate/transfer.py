@@ -1,8 +1,9 @@
 """Section ``transfer``: op times of a system that no fit has seen, predicted from the fits of two others.
 
 Each source's law is scaled by the data sheets of source and target (peak, bandwidth, SMs, cache), and the predictions
-are averaged in the logarithm, the nearer source counting more. They are compared with the target's own fit at sizes
-that were measured there. Data sheets are used; no figure of the target's fit is.
+are averaged in the logarithm, weighted by the inverse square of the distance: kernels are written for an architecture,
+so a source of another one says little where one of the same is there. They are compared with the target's own fit at
+sizes that were measured there. Data sheets are used; no figure of the target's fit is.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def transfer_errors(sources: Sequence[str], target: str) -> dict[str, FloatArray
                 carried = giver.table(device_of(hardware, giver.dtype)).many(points)
             except SpecError:
                 continue
-            weight = 1.0 / (NEAR + distance(giver, hardware))
+            weight = 1.0 / (NEAR + distance(giver, hardware)) ** 2
             total += weight * np.log(carried)
             weights += weight
         if weights:
