@@ -60,7 +60,7 @@ def published_measurements(
     left_out: Counter[str] = Counter()
     own: list[Measurement] = []
     if hardware in READERS and kernels is not None:
-        own += import_kernels(kernels, hardware)
+        own += import_kernels(kernels, hardware, left_out=left_out)
         own += H800_EXTRA if hardware == "h800-sxm" else []
     if hardware in SYSTEMS:
         own += import_aiconfigurator(hardware, folder=tables, left_out=left_out)
