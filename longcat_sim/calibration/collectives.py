@@ -44,8 +44,7 @@ LOCAL_PASSES = 4.0
 """Passes over device memory of a low-latency exchange on one rank, counted by what it must do: rows are staged, read by
 the NIC, written by the NIC, unpacked (assumed: none of them stays in a cache)."""
 NCCL_SMS = 16
-"""SMs that a collective of NCCL holds inside a node (assumed: one block per channel; NCCL opens up to 24 or 32 channels
-on NVLink of Hopper, fewer for small messages)."""
+"""SMs that a collective of NCCL holds inside a node (assumed)."""
 NCCL_PASSES = 2.0
 """Passes over device memory of a collective of NCCL: each byte is read once and written once."""
 
