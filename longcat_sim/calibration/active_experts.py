@@ -24,6 +24,7 @@ def _chosen(num_experts: int, topk: int) -> np.ndarray:
     chosen = np.exp(POPULARITY_SIGMA * z)
     for _ in range(50):  # a probability is 1 at most; what that takes from the popular ones goes to the others
         chosen = np.minimum(chosen * (share / chosen.mean()), 1.0)
+    chosen.setflags(write=False)  # it is kept
     return chosen
 
 

@@ -203,7 +203,8 @@ def measured_link(document: Mapping[str, Any], where: str) -> Link | None:
         if all(len(points) > 1 for points in curves.values()):
             return MeasuredLink({op: (sorted(p), [p[size] for size in sorted(p)]) for op, p in curves.items()})
     defaults = document.get("defaults") or {}
-    values = [(defaults.get(key) or {}).get("value") for key in ("link_bw", "link_latency")]
+    given = [defaults.get(key) for key in ("link_bw", "link_latency")]
+    values = [entry.get("value") if isinstance(entry, Mapping) else entry for entry in given]
     return law_link(dict(zip(("link_bw", "link_latency"), values, strict=True)), -1)
 
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from longcat_sim.ops.op import FloatArray
 
-NEIGHBOURS = 16
-BLOCK = 20_000
-"""Targets solved at once: bounds memory."""
+NEIGHBOURS = 12
+BLOCK = 500
+"""Targets solved at once: their matrices stay in a core's cache."""
 TRIALS = 400
 """Points that lengths are tried on; each is guessed from all the others."""
 FEW_POINTS = 20
@@ -28,6 +28,9 @@ WORST = 0.5
 """A point that is off by more counts as this much when lengths are chosen, so that artefacts do not choose them."""
 HALF_OCTAVES = 4.0
 """Half of the correction is left this far from every measured size, where only the law is known (assumed)."""
+
+AT_CELL_OCTAVES = 0.01
+"""A point this near to a cell is a measurement of it (sizes are whole numbers, cells are rounded to six digits)."""
 
 
 class Smoothness(NamedTuple):
@@ -51,9 +54,10 @@ def krige(points: FloatArray, values: FloatArray, targets: FloatArray, smooth: S
     near = min(NEIGHBOURS, len(points))
     tree = cKDTree(points)
     found = np.empty(len(targets))
+    distances, indices = (x.reshape(-1, near) for x in tree.query(targets, k=near, p=1, workers=-1))
     for start in range(0, len(targets), BLOCK):
         part = targets[start : start + BLOCK]
-        distance, index = (x.reshape(-1, near) for x in tree.query(part, k=near, p=1))
+        distance, index = distances[start : start + BLOCK], indices[start : start + BLOCK]
         close = points[index]
         between = np.zeros((len(part), near, near))
         for axis in range(points.shape[1]):
@@ -113,8 +117,8 @@ def correct(
 
     points, targets = logs(coordinates), logs(cells)
     tree = cKDTree(targets)
-    near, cell = tree.query(points, k=1, p=np.inf)
-    at_cell = near < 0.01
+    near, cell = tree.query(points, k=1, p=np.inf, distance_upper_bound=AT_CELL_OCTAVES)
+    at_cell = np.isfinite(near)
     count = np.bincount(cell[at_cell], minlength=len(targets))
     total = np.bincount(cell[at_cell], weights=residual[at_cell], minlength=len(targets))
     measured = count > 0
@@ -126,6 +130,6 @@ def correct(
     between = ~measured
     if between.any():
         guessed = krige(points[:, varied], residual, targets[between][:, varied], lengths)
-        away = cKDTree(points).query(targets[between], k=1, p=np.inf)[0]
+        away = cKDTree(points).query(targets[between], k=1, p=np.inf, workers=-1)[0]
         local[between] = guessed / (1.0 + (np.maximum(away, 0.05) / HALF_OCTAVES) ** 3)
     return local, measured

@@ -85,6 +85,13 @@ def read_components(folder: Path, tp_size: int, dp_size: int) -> MoeComponents |
             local[mode][part][tokens] = time
         elif part == "experts" and active > 0:
             surface[mode][active][tokens] = time
+    unknown = sorted({*surface, *local} - {"graph", "eager"})
+    lacking = [f"{part} ({mode})" for mode in surface for part in LOCAL if part not in local[mode]]
+    if unknown or lacking:
+        raise MeasurementError(
+            f"{path}: expected the components {', '.join(LOCAL)} and experts, each in mode graph or eager; got "
+            f"{'mode ' + unknown[0] if unknown else 'no ' + lacking[0]}; measure them or remove it"
+        )
     if not surface:
         raise MeasurementError(f"{path}: expected rows of the component experts; got none; measure them or remove it")
     return MoeComponents(

@@ -48,7 +48,7 @@ def device_of(hardware: HardwareSpec, dtype: str) -> Device:
     )
 
 
-@dataclass
+@dataclass(eq=False)
 class OpTimes:
     """Times of ops alone on one device. ``fit`` or ``from_hardware`` makes one; ``draw(i)`` is one bootstrap draw."""
 

@@ -1,7 +1,7 @@
 """``TimeTable``: times on a grid of sizes, read back by multilinear interpolation, never falling as a size grows.
 
 Linear in every size, because kernels are: a product of m, n and k is exactly multilinear, a logarithmic interpolation
-would bend it. Outside the grid the nearest edge is scaled by the law.
+would bend it. Beyond the measured sizes knots of the law carry on, to a thousand times the largest.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ LONGEST = 4.0
 """Octaves: an axis along which the correction changes more slowly keeps as many knots as one of this length."""
 KNOT_DIGITS = 6
 """Fewer than a fit file keeps of a knot (8), so that no two knots become one there."""
-REACH = (1 / 16, 1 / 4, 4.0, 16.0)
+BELOW, ABOVE = (1 / 16, 1 / 4), (4.0, 16.0, 64.0, 256.0, 1024.0)
 """Knots beyond the measured range, as factors of its ends: there the law rules."""
+FROM_NOTHING = tuple(4.0**i for i in range(1, 11))
+"""Knots of a size that was measured at 0 only, such as the tokens before a prompt's chunk: up to a million."""
 
 
 def thin(values: Sequence[FloatArray], max_cells: int, octaves: Sequence[float] | None = None) -> list[FloatArray]:
@@ -57,8 +59,8 @@ def refine(axis: FloatArray) -> FloatArray:
         pieces = int(np.ceil(np.log(high / start) / np.log(LARGEST_STEP) - 1e-9)) if high > start else 0
         inner += [start * (high / start) ** (i / pieces) for i in range(1, pieces)]
         inner.append(high)
-    below = [axis[0] * factor for factor in REACH if factor < 1 and axis[0] > 0]
-    above = [max(axis[-1], 1.0) * factor for factor in REACH if factor > 1]
+    below = [axis[0] * factor for factor in BELOW if axis[0] > 0]
+    above = [axis[-1] * factor for factor in ABOVE] if axis[-1] > 0 else list(FROM_NOTHING)
     return np.unique(np.array([*below, *inner, *above]))
 
 

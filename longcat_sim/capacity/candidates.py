@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from longcat_sim.errors import CapacityError, MemoryFitError, SpecError, UnmeasuredOpError, UserError
-from longcat_sim.ops.memory import Memory, kv_bytes_per_token, memory
+from longcat_sim.ops.memory import Memory, memory
 from longcat_sim.ops.op import FloatArray
 from longcat_sim.simulation.network import check_topology
 from longcat_sim.specs.scenario import Scenario, Search
@@ -198,16 +198,6 @@ def tpot_floor_s(scenario: Scenario) -> float:
         latency = 2 * model.num_moe_layers * (link.latency if link else 0.0)
     seconds = read / hardware.memory_bandwidth + latency
     return seconds / scenario.speculative.tokens_per_step
-
-
-def kv_tokens(scenario: Scenario, rows_per_gpu: float) -> float:
-    """Return the tokens of KV cache that one replica holds beside its weights and ``rows_per_gpu`` in flight."""
-    found = memory(
-        scenario.model, scenario.deployment, scenario.hardware, sequences_per_gpu=0.0, tokens_per_sequence=0.0,
-        rows_per_gpu=rows_per_gpu, speculative=scenario.speculative.draft_tokens > 0, routing=scenario.routing,
-    )  # fmt: skip
-    holders = scenario.deployment.num_gpus / scenario.deployment.tp_size
-    return max(0.0, found.free_for_kv_bytes) / kv_bytes_per_token(scenario.model, scenario.deployment) * holders
 
 
 def reason_of(error: UserError) -> str:

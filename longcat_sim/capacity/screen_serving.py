@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from longcat_sim.capacity.candidates import Rejected, Shape, kv_tokens, memory_at, reason_of, search_of, shapes
+from longcat_sim.capacity.candidates import Rejected, Shape, memory_at, reason_of, search_of, shapes
 from longcat_sim.capacity.price import MILLION, SECONDS_PER_HOUR
 from longcat_sim.capacity.screen import nothing_left
 from longcat_sim.capacity.traffic import Traffic
 from longcat_sim.errors import CapacityError, UserError
 from longcat_sim.ops.op import FloatArray
+from longcat_sim.simulation.step import replica_kv_tokens
 from longcat_sim.specs.scenario import Scenario
 
 StepFn = Callable[[FloatArray, FloatArray, FloatArray, FloatArray], FloatArray]
@@ -77,7 +78,8 @@ def curve(shape: Shape, step: StepFn, traffic: Traffic) -> Curve:
     scheduler = serve.scheduler
     budget = float(scheduler.max_num_batched_tokens)
     held = traffic.input_tokens + traffic.output_tokens / 2
-    room = kv_tokens(shape.scenario, min(budget, scheduler.max_num_seqs) / shape.num_gpus) / held
+    role = "decode" if serve.is_disaggregated else "shared"
+    room = max(0.0, replica_kv_tokens(shape.scenario, serve, role)[0]) / held
     most = max(1.0, min(float(scheduler.max_num_seqs), room))
     batch = np.unique(np.geomspace(1.0, most, max(2, int(np.log2(most) * 2) + 2)))
     chunks = int(np.ceil(traffic.computed_tokens / budget))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from longcat_sim.capacity.screen import Times
 from longcat_sim.figures.timeline import COLORS, GROUPS
@@ -14,7 +17,7 @@ from longcat_sim.panels.base import Control, Panel, put
 from longcat_sim.simulation.lanes import LaneEngine, Timeline
 from longcat_sim.simulation.load import typical_load
 from longcat_sim.simulation.program import build_program
-from longcat_sim.simulation.step import check_step, law_of, step_size
+from longcat_sim.simulation.step import check_step, law_of, recorded_trace, slowest_context, step_size
 from longcat_sim.specs.base import ParsedFloat
 from longcat_sim.specs.scenario import Scenario
 
@@ -37,16 +40,19 @@ def steady_layers(scenario: Scenario, op_times: OpTimesLike) -> Timeline:
     """
     size: StepSize = step_size(scenario)
     check_step(scenario, size)
+    if size.phase == "decode":
+        size = replace(size, context=slowest_context(scenario, size.sequences, size.context))
     model, deployment = scenario.model, scenario.deployment
     load = None
     if model.num_moe_layers:
         domain = scenario.hardware.scale_up.domain_size if scenario.hardware.scale_up else 1
         rows = float(size.rows) * (deployment.tp_size if deployment.ep_size == 1 else 1)
-        load = typical_load(model, deployment, scenario.routing, rows, seed=scenario.seed, domain=domain)  # type: ignore[arg-type]
+        load = typical_load(
+            model, deployment, scenario.routing, np.array([rows]), seed=scenario.seed, domain=domain,
+            trace=recorded_trace(scenario),
+        )  # fmt: skip
     blocks = step_graph(model, deployment, size, load, 0)
     longest = max((block for block in blocks if block.schedule is not None), key=lambda block: block.count)
-    from dataclasses import replace
-
     few = replace(longest, count=min(longest.count, LAYERS), first_layer=0)
     program = build_program([few], op_times, draws=1, ranks=1)
     return LaneEngine(program, law_of(scenario, op_times, "max_min")).run()

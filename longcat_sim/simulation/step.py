@@ -29,6 +29,7 @@ from longcat_sim.simulation.program import Pricer, Program, build_program, links
 from longcat_sim.simulation.vectorised import run_arrays
 from longcat_sim.specs.deployment import DecodeStep, Deployment
 from longcat_sim.specs.scenario import Scenario
+from longcat_sim.specs.serve import Serve
 
 
 @dataclass
@@ -87,10 +88,10 @@ class StepResult:
         ]  # fmt: skip
 
 
-MODEL_DISCREPANCY = 0.11
+MODEL_DISCREPANCY = 0.08
 """Standard deviation of log(measured / predicted) of whole steps that no fit has seen: root mean square over the five
-published steps of ``validate`` (LongCat-Flash at three batches 0.12, 0.15 and 0.12, DeepSeek-V3 decode 0.01 and prefill
-0.10). It widens intervals and moves no median."""
+published steps of ``validate`` with all contexts equal (LongCat-Flash at three batches 0.07, 0.13 and 0.10, DeepSeek-V3
+decode 0.02 and prefill 0.03; 0.03 with LongCat's contexts spread). It widens intervals and moves no median."""
 STEADY_LAYERS = 3
 """Layers after which every further one takes the same time (a lane's lead is built up within two)."""
 _PLAIN_BLOCKS = frozenset({"embedding", "head", "draft input", "draft head", "stages"})
@@ -135,8 +136,8 @@ def drawn_size(scenario: Scenario, *, draws: int = 1, seed: int = 0) -> StepSize
     if not isinstance(step, DecodeStep) or not step.context_spread:
         return size
     context = draw_contexts(
-        step.context_tokens, step.context_spread, step.sequences_per_gpu, ranks=_widest(deployment),
-        tp_size=deployment.tp_size, draws=draws, seed=seed,
+        step.context_tokens, step.context_spread, step.sequences_per_gpu * deployment.tp_size,
+        ranks=_widest(deployment), tp_size=deployment.tp_size, draws=draws, seed=seed,
     )  # fmt: skip
     return replace(size, context=context)
 
@@ -284,6 +285,17 @@ def _arrays(program: Program, law: ContentionLaw) -> tuple[FloatArray, FloatArra
     return step, compute, communication, exposed
 
 
+def slowest_context(scenario: Scenario, sequences: Any, context: Any, spread: float | None = None) -> Any:
+    """Return the mean context of the rank that all others wait for; ``spread`` is by default that of the step."""
+    deployment = scenario.deployment
+    if spread is None:
+        spread = scenario.step.context_spread if isinstance(scenario.step, DecodeStep) else 0.0
+    if not spread:
+        return context
+    groups = _widest(deployment) // deployment.tp_size
+    return context * busiest_context(spread, sequences * deployment.tp_size, groups)
+
+
 def step_seconds_many(
     scenario: Scenario, op_times: OpTimesLike, sequences: Any, context: Any, *, phase: str = "decode",
     queries: Any = None, seed: int = 0, contention: str | ContentionLaw = "max_min", beside_sequences: Any = None,
@@ -298,14 +310,9 @@ def step_seconds_many(
     decode, by default that of the scenario's step.
     """
     model, deployment = scenario.model, scenario.deployment
-    if context_spread is None:
-        context_spread = scenario.step.context_spread if isinstance(scenario.step, DecodeStep) else 0.0
 
     def slowest(each: FloatArray, attended: FloatArray) -> FloatArray:
-        """Return the mean context of the rank that all others wait for."""
-        if not context_spread:
-            return attended
-        return attended * busiest_context(context_spread, each, _widest(deployment) // deployment.tp_size)
+        return slowest_context(scenario, each, attended, context_spread)
 
     columns = np.broadcast_arrays(
         np.asarray(sequences, dtype=float), np.asarray(context, dtype=float),
@@ -357,6 +364,24 @@ def step_memory(scenario: Scenario) -> Memory:
         tokens_per_sequence=size.context, rows_per_gpu=float(size.rows), decode=decode,
         speculative=scenario.speculative.draft_tokens > 0, routing=scenario.routing,
     )  # fmt: skip
+
+
+def replica_kv_tokens(scenario: Scenario, serve: Serve, role: str = "shared") -> tuple[float, Memory]:
+    """Return the tokens of KV cache for which a serving replica has room (negative: none), and its memory.
+
+    A replica that prefills holds the activations and exchange buffers of a whole token budget; one that only decodes
+    (``role`` ``decode``) those of its sequences.
+    """
+    deployment, scheduler = scenario.deployment, serve.scheduler
+    decoding = scheduler.max_num_seqs * (1 + scenario.speculative.draft_tokens)
+    rows = decoding if role == "decode" else scheduler.max_num_batched_tokens
+    found = memory(
+        scenario.model, deployment, scenario.hardware, sequences_per_gpu=0.0, tokens_per_sequence=0.0,
+        rows_per_gpu=rows / deployment.num_gpus, decode=role == "decode",
+        speculative=scenario.speculative.draft_tokens > 0, routing=scenario.routing,
+    )  # fmt: skip
+    holders = deployment.num_gpus / deployment.tp_size  # ranks of a tensor-parallel group hold the same tokens
+    return found.free_for_kv_bytes / kv_bytes_per_token(scenario.model, deployment) * holders, found
 
 
 def _check_fit(scenario: Scenario, found: Memory) -> None:

@@ -15,7 +15,7 @@ from longcat_sim.simulation.serving.cluster import Engine, KvLink
 from longcat_sim.simulation.serving.step_times import StepTimeGrid
 from longcat_sim.simulation.serving.synthetic import Synthetic
 from longcat_sim.simulation.serving.workload import TraceReader
-from longcat_sim.simulation.step import step_seconds_many
+from longcat_sim.simulation.step import replica_kv_tokens, step_seconds_many
 from longcat_sim.specs.scenario import Scenario
 from longcat_sim.specs.serve import Pool, Serve
 
@@ -109,23 +109,11 @@ def step_grid(scenario: Scenario, op_times: OpTimesLike, serve: Serve) -> StepTi
 def kv_blocks(scenario: Scenario, serve: Serve, role: str = "shared") -> int:
     """Return the KV blocks of one replica: what weights, activations and buffers leave free.
 
-    A replica that prefills holds the activations and exchange buffers of a whole token budget; one that only decodes
-    those of its sequences.
-
     Raises:
         MemoryFitError: not one block fits.
     """
-    deployment, scheduler = scenario.deployment, serve.scheduler
-    decoding = scheduler.max_num_seqs * (1 + scenario.speculative.draft_tokens)
-    rows = decoding if role == "decode" else scheduler.max_num_batched_tokens
-    found = memory(
-        scenario.model, deployment, scenario.hardware, sequences_per_gpu=0.0, tokens_per_sequence=0.0,
-        rows_per_gpu=rows / deployment.num_gpus, decode=role == "decode",
-        speculative=scenario.speculative.draft_tokens > 0, routing=scenario.routing,
-    )  # fmt: skip
-    holders = deployment.num_gpus / deployment.tp_size  # ranks of a tensor-parallel group hold the same tokens
-    tokens = found.free_for_kv_bytes / kv_bytes_per_token(scenario.model, deployment) * holders
-    blocks = int(tokens // scheduler.block_tokens)
+    tokens, found = replica_kv_tokens(scenario, serve, role)
+    blocks = int(tokens // serve.scheduler.block_tokens)
     if blocks < 1:
         short = found.total_bytes - found.capacity_bytes
         raise MemoryFitError(

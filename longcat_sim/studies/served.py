@@ -28,7 +28,7 @@ def engine_of(scenario: Scenario, draw: int = 0, role: str = "shared") -> Engine
     """Return a replica's engine; the same object for the same deployment, scheduler and draw of the calibration."""
     assert scenario.serve is not None
     key = (
-        scenario.model.model_dump_json(), id(op_times_of(scenario.hardware)), draw,
+        scenario.model.model_dump_json(), op_times_of(scenario.hardware), draw,
         scenario.deployment.model_dump_json(), scenario.routing.model_dump_json(), scenario.speculative,
         scenario.serve.scheduler.model_dump_json(), decode_context_spread(scenario.serve), role,
     )  # fmt: skip

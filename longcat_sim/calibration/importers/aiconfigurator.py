@@ -83,12 +83,10 @@ def _sift_experts(rows: list[dict[str, Any]], left_out: Counter[str]) -> list[di
     slow = set()
     for family, cuts in families.items():
         for size in cuts:
-            coarser = [cuts[other] for other in cuts if other < size]
-            ratios = [
-                seconds / min(other.get(tokens, np.inf) for other in coarser)
-                for tokens, seconds in cuts[size].items()
-                if coarser
-            ]
+            coarser: dict[int, float] = {}
+            for other in (cuts[n] for n in cuts if n < size):
+                coarser |= {tokens: min(ms, coarser.get(tokens, np.inf)) for tokens, ms in other.items()}
+            ratios = [ms / coarser[tokens] for tokens, ms in cuts[size].items() if tokens in coarser]
             if ratios and np.median(ratios) > SLOW_CUT:
                 slow.add((*family, size))
     kept = []
@@ -204,6 +202,12 @@ def tables_folder(folder: str | Path | None = None) -> Path:
     return Path(folder)
 
 
+def _release(tables: Path) -> str:
+    """Return the package's version, from the metadata that lies beside it."""
+    beside = sorted(tables.parents[2].glob("aiconfigurator_core-*.dist-info"))
+    return beside[-1].name.split("-")[1].removesuffix(".dist") if beside else "of an unknown version"
+
+
 def import_aiconfigurator(
     hardware: str, *, folder: str | Path | None = None, kinds: set[str] | None = None,
     left_out: Counter[str] | None = None,
@@ -221,7 +225,8 @@ def import_aiconfigurator(
         import pyarrow.parquet as parquet
     except ImportError:
         raise MeasurementError("pyarrow: expected it to read the tables; run `pip install pyarrow`") from None
-    base = tables_folder(folder) / SYSTEMS[hardware]
+    tables = tables_folder(folder)
+    base, release = tables / SYSTEMS[hardware], _release(tables)
     best: dict[tuple, tuple[float, str]] = {}
     for family, table, reader in TABLES:
         candidates = [path for path in (base / family).glob(f"*/{table}.parquet")]
@@ -230,7 +235,7 @@ def import_aiconfigurator(
         # the fullest version: later ones may hold a few rows only
         version = max(candidates, key=lambda path: path.stat().st_size).parent
         path = version / f"{table}.parquet"
-        source = f"aiconfigurator-core 0.12.0 {SYSTEMS[hardware]}/{family}/{version.name}/{table}"
+        source = f"aiconfigurator-core {release} {SYSTEMS[hardware]}/{family}/{version.name}/{table}"
         columns = {name: values.to_numpy(zero_copy_only=False) for name, values in
                    zip(*(lambda t: (t.column_names, t.columns))(parquet.read_table(path)), strict=True)}  # fmt: skip
         read = list(_rows(columns))
