@@ -225,9 +225,9 @@ def _notes(rows: Sequence[Survivor], scenario: Scenario) -> list[str]:
     if failed:
         notes.append(f"{len(failed)} survivors could not be simulated, such as {failed[0].faults[0]}")
     if any((row.figures or {}).get("datasheet_share", 0) > 0.2 for row in rows):
-        notes.append("more than a fifth of some step's time comes from data sheets, not from measurements")
+        notes.append("more than a fifth of a survivor's step comes from data sheets, not from measurements")
     if any((row.figures or {}).get("extrapolated_share", 0) > 0.2 for row in rows):
-        notes.append("more than a fifth of some step's time is extrapolated beyond what was measured")
+        notes.append("more than a fifth of a survivor's step is extrapolated beyond what was measured")
     search = search_of(scenario)
     if len(search.hardware) > 1 and scenario.price.usd_per_gpu_hour is not None:
         notes.append(

@@ -15,7 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from longcat_sim.errors import SpecError
 from longcat_sim.specs.base import Count, FlopPerSecond, Part, Seconds
 from longcat_sim.specs.deployment import DecodeStep, Deployment, PrefillStep, Routing, Speculative
-from longcat_sim.specs.hardware import HardwareSpec, load_hardware
+from longcat_sim.specs.hardware import HardwareSpec, hardware_names, load_hardware
 from longcat_sim.specs.loading import Lines, read_yaml, unknown_name, validate
 from longcat_sim.specs.model import ModelSpec, model_spec
 from longcat_sim.specs.price import Price
@@ -112,6 +112,12 @@ class Scenario:
         self.deployment, self.routing, self.speculative = parsed.deployment, parsed.routing, parsed.speculative
         self.step, self.serve, self.search = parsed.step, parsed.serve, parsed.search
         self.price, self.seed, self.draws = parsed.price, parsed.seed, parsed.draws
+        searched = [Path(name).stem for name in (self.search.hardware if self.search else ())]
+        known = sorted({*hardware_names(), *searched, self.hardware.name})
+        for name in self.price.hardware_usd_per_gpu_hour:
+            if name not in known:
+                where = f"{self._at('price')}.hardware_usd_per_gpu_hour"
+                raise unknown_name("hardware", name, known, where=where)
         extra = self.routing.redundant_experts
         check_deployment(self.model, self.deployment, where=self._at("deployment"), redundant_experts=extra)
 

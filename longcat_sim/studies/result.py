@@ -11,6 +11,7 @@ from longcat_sim.records.span import chrome_trace
 from longcat_sim.simulation.serving.simulate import ServingResult
 from longcat_sim.simulation.step import StepResult
 from longcat_sim.specs.scenario import Scenario
+from longcat_sim.studies.engines import pools_of
 
 # key -> (name for people, unit for people, factor)
 SHOWN: dict[str, tuple[str, str, float]] = {
@@ -115,6 +116,11 @@ class ServeOutcome:
     def rows(self) -> list[tuple[str, str, str]]:
         """Return (name, figure, unit) of the figures that people ask for first."""
         got, rows = self.figures, []
+        fleet = " + ".join(
+            f"{pool.num_replicas} x {pool.num_gpus} {part.hardware.name}"
+            for pool, part in zip(self.run.pools.values(), self._parts(), strict=True)
+        )
+        rows.append(("fleet (replicas x GPUs)", fleet, ""))
         rows.append(("requests completed", f"{got['completed']} of {got['requests']}", ""))
         for key, name, unit, factor in (
             ("ttft_s", "TTFT", "s", 1.0), ("tpot_s", "TPOT", "ms", 1e3), ("e2e_s", "end to end", "s", 1.0),
@@ -139,7 +145,18 @@ class ServeOutcome:
                 if isinstance(spread, Mapping):
                     shown += f" [{spread['p5']:.4g}, {spread['p95']:.4g}]"
                 rows.append((name, shown, unit))
+        for name, level in got["slo"].items():
+            if level["attained_ratio"] is not None:
+                rows.append((f"within the SLO {name}", f"{level['attained_ratio']:.1%}", "of requests"))
+        bill = got.get("bill_usd")
+        if bill and bill["total"]:
+            rows.append(("idle share of the bill", f"{bill['idle'] / bill['total']:.1%}", ""))
         return rows
+
+    def _parts(self) -> list[Scenario]:
+        """Return the scenario of each pool."""
+        assert self.scenario.serve is not None
+        return list(pools_of(self.scenario, self.scenario.serve).values())
 
     def __str__(self) -> str:
         lines = [f"{self.scenario.name}: {self.figures['duration_s']:.0f} s of traffic", "", table(self.rows())]

@@ -160,6 +160,10 @@ def simulate_traffic(
             f"{figures['rejected']} of {figures['requests']} requests were rejected: longer than the model's context "
             "or the KV cache of a replica, or the queue was full (max_queue)"
         )
+    if figures["extrapolated"]:
+        notes.append("some steps lean on times beyond what was measured (extrapolated, or from a data sheet)")
+    if scenario.draws < 2:
+        notes.append("one run, no intervals: --set draws=8 gives them")
     if run.skipped_rows:
         notes.append(f"{run.skipped_rows} faulty rows of the trace were skipped: {'; '.join(run.skipped[:3])}")
     return ServeOutcome(scenario, run, figures, intervals, notes)

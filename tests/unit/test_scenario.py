@@ -116,3 +116,8 @@ def test_hardware_faults(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(SpecError) as error:
         load_hardware(path)
     assert words in str(error.value)
+
+
+def test_a_price_of_an_unknown_device_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"hardware_usd_per_gpu_hour.*did you mean 'h800-sxm'"):
+        scenario("longcat-flash-h800-decode", {"price.hardware_usd_per_gpu_hour": {"h800": 9}})
