@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ class Account:
     """Part of compute: what the ops would cost at the smallest size."""
     contention_loss_s: float
     """Part of compute: what ops lost to others that ran beside them."""
+    collectives_s: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Kind of collective -> its own time, and the part of it during which no compute runs."""
 
     def parts(self) -> dict[str, float]:
         """Return disjoint parts that add up to the step."""
@@ -69,12 +72,18 @@ def account(timeline: Timeline, op_times: Any = None, sample: int = 8) -> Accoun
     moves = np.array([item.is_collective for item in program.items])
     alone = np.stack([np.broadcast_to(s, (program.draws, program.ranks))[timeline.draw] for s in program.seconds])
     floors = _floors(program.items, op_times)
+    kinds = {item.kind: np.array([i.kind == item.kind for i in program.items]) for item in program.items
+             if item.is_collective}  # fmt: skip
     rows = []
+    by_kind: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     for rank in ranks:
         start, own, end = timeline.start_s[:, rank], timeline.own_end_s[:, rank], timeline.end_s[:, rank]
         work = _union(start[~moves], end[~moves])
         both = _union(np.concatenate([start[~moves], start[moves]]), np.concatenate([end[~moves], own[moves]]))
         compute, any_busy = _length(work), _length(both)
+        for kind, mine in kinds.items():
+            beside = _union(np.concatenate([start[~moves], start[mine]]), np.concatenate([end[~moves], own[mine]]))
+            by_kind[kind].append((float((own - start)[mine].sum()), _length(beside) - compute))
         overlapped = float((end - start)[~moves].sum()) - compute  # two kernels of compute at once
         lost = float((end - start)[~moves].sum() - alone[~moves, rank].sum()) - overlapped
         floor = float(np.minimum(floors, alone[:, rank])[~moves].sum())
@@ -86,6 +95,8 @@ def account(timeline: Timeline, op_times: Any = None, sample: int = 8) -> Accoun
     return Account(
         timeline.step_s, float(compute), float(communication), float(transfer + waiting), float(transfer),
         float(waiting), float(floor), lost,
+        {kind: (float(np.mean([a for a, _ in found])), float(np.mean([b for _, b in found])))
+         for kind, found in by_kind.items()},
     )  # fmt: skip
 
 

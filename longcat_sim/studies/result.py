@@ -61,7 +61,14 @@ class StepOutcome:
         )
         lines.append("ranks, add up to it; the figures above are medians over draws):")
         parts = [(f"  {n}", f"{s * 1e3:.3f}", f"ms  {s / total:.1%}") for n, s in self.step.breakdown.parts().items()]
-        lines += [table(parts), *(f"note: {note}" for note in self.notes)]
+        lines.append(table(parts))
+        moved = [
+            f"{kind.replace('_', '-')} {own * 1e3:.2f} ms, {exposed * 1e3:.2f} exposed"
+            for kind, (own, exposed) in self.step.breakdown.collectives_s.items()
+        ]
+        if moved:
+            lines.append(f"  communication by kind (two at once count in both): {'; '.join(moved)}")
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
     def _fleet(self) -> str:
@@ -83,6 +90,9 @@ class StepOutcome:
         document["extrapolated"] = self.extrapolated
         document["tags"] = dict(self.step.tags)
         document["where_the_time_goes_s"] = self.step.breakdown.parts()
+        document["collectives_s"] = {
+            kind: {"own": own, "exposed": exposed} for kind, (own, exposed) in self.step.breakdown.collectives_s.items()
+        }
         document["memory_parts_bytes_per_gpu"] = dict(self.step.memory.parts)
         document["layers"] = self.step.layer_ops()
         document["notes"] = self.notes
