@@ -167,9 +167,15 @@ class CapacityResult:
         made = _with_interval(rate, "output_tokens_per_s", "{:,.0f}")
         if self.scenario.serve is None:
             users = f"{rate['concurrent_users']:,.0f} users at once"
+            asked, whole = rate["asked_output_tokens_per_s"], rate["usd_per_million_output_tokens"]
+            paid = f"{rate['usd_per_month']:,.0f} USD a month"
+            if asked:
+                paid += f", {whole:.4g} USD per million at the {asked:,.0f} tokens/s asked for"
+                if rate.get("output_tokens_per_s_p5", asked) < asked:
+                    paid += " (which the interval's lower end misses: a higher search.probability or a spare helps)"
             return [
                 ("fleet", f"{rate['num_gpus']} GPUs, {rate['replicas']} replicas{spares}: {made} output tokens/s"),
-                ("", f"= {users} at this level, {rate['usd_per_month']:,.0f} USD a month"),
+                ("", f"= {users} at this level, {paid}"),
             ]
         highest = _with_interval(rate, "requests_per_s", "{:.3g}")
         return [

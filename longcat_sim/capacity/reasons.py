@@ -12,10 +12,11 @@ from longcat_sim.capacity.candidates import search_of
 from longcat_sim.capacity.fleet import replicas_for
 from longcat_sim.capacity.price import month_usd
 from longcat_sim.capacity.samples import fast_figures
-from longcat_sim.capacity.screen import OBJECTIVES, Screened, Times
+from longcat_sim.capacity.screen import Screened, Times, ranking
 from longcat_sim.capacity.sensitivity import tornado
 from longcat_sim.capacity.uncertainty import ScaledKinds
 from longcat_sim.ops.op import OpTimesLike
+from longcat_sim.specs.price import HOURS_PER_MONTH
 from longcat_sim.specs.scenario import Scenario
 
 
@@ -95,8 +96,7 @@ def why(screened: Screened, winner: Survivor, scenario: Scenario, feasible: Any)
     ``feasible`` says which candidates keep the level as safely as the winner [N] (None: all).
     """
     objective = search_of(scenario).objective
-    sense = OBJECTIVES[objective]
-    values = screened.columns[objective]
+    values = ranking(screened, scenario)
     allowed = np.ones(len(values), dtype=bool) if feasible is None else feasible
 
     def choice(shape: int, name: str) -> Any:
@@ -110,7 +110,7 @@ def why(screened: Screened, winner: Survivor, scenario: Scenario, feasible: Any)
         at = np.flatnonzero(np.isin(screened.shape, others) & allowed)
         if not len(at):
             continue
-        best = int(at[np.argmin(values[at] * sense)])
+        best = int(at[np.argmin(values[at])])
         rows.append(
             {
                 "choice": name, "value": choice(int(screened.shape[best]), name), "instead_of": choice(mine, name),
@@ -137,9 +137,12 @@ def fleet_rate(winner: Survivor, scenario: Scenario, winner_scenario: Scenario) 
         for at, other in (("p5", "p95"), ("p95", "p5"))
         if f"tpot_s_{other}" in figures
     }
+    month = month_usd(replicas * per_replica, winner_scenario.usd_per_gpu_hour)
+    asked = search.output_tokens_per_s or working * per_replica * per_gpu
     return {
         "output_tokens_per_s": working * per_replica * per_gpu, **interval, "requests_per_s": None,
-        "usd_per_month": month_usd(replicas * per_replica, winner_scenario.usd_per_gpu_hour),
+        "usd_per_month": month, "asked_output_tokens_per_s": search.output_tokens_per_s,
+        "usd_per_million_output_tokens": month / (asked * HOURS_PER_MONTH * 3600 / 1e6) if asked else None,
         "replicas": replicas,
         "spare_replicas": search.spare_replicas, "num_gpus": replicas * per_replica,
         "concurrent_users": whole,

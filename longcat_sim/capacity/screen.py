@@ -33,6 +33,8 @@ OBJECTIVES: Mapping[str, int] = {
     "usd_per_million_output_tokens": 1, "tokens_per_s_per_user": -1, "ttft_s": 1, "num_gpus": 1,
 }  # fmt: skip
 """Objective -> 1 where less is better, -1 where more is."""
+TIE = 1e-6
+"""Prices closer than this share are equal."""
 
 
 def objective_of(scenario: Scenario) -> tuple[str, int]:
@@ -141,6 +143,25 @@ def screen_steps(
         used, np.concatenate(index), columns, looked_at, rejected, max(errors, default=0.0),
         time.perf_counter() - began, room,
     )  # fmt: skip
+
+
+def ranking(screened: Screened, scenario: Scenario) -> FloatArray:
+    """Return what the search makes small [N]: the objective, or its negative where more is better.
+
+    Where the fleet must make a rate, the price is that of the whole replicas which make it, spares included, over the
+    tokens asked for; of fleets that cost the same the one with most room to both the rate and the level comes first.
+    """
+    search = search_of(scenario)
+    values = screened.columns[search.objective] * OBJECTIVES[search.objective]
+    if search.output_tokens_per_s is None or search.objective != "usd_per_million_output_tokens":
+        return values
+    made = screened.columns["tokens_per_s_per_gpu"] * screened.columns["num_gpus"]
+    replicas = np.maximum(1.0, np.ceil(search.output_tokens_per_s / made - 1e-9)) + search.spare_replicas
+    tightest = search.output_tokens_per_s / ((replicas - search.spare_replicas) * made)
+    limit_s = tpot_limit_s(scenario)
+    if limit_s is not None:
+        tightest = np.maximum(tightest, screened.columns["tpot_s"] / limit_s)
+    return values * (replicas * made / search.output_tokens_per_s) * (1 + TIE * tightest)
 
 
 def _step_key(shape: Shape) -> Any:

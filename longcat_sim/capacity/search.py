@@ -19,6 +19,7 @@ from longcat_sim.capacity.screen import (
     Times,
     check_reachable,
     pareto,
+    ranking,
     screen_steps,
     tpot_limit_s,
 )
@@ -40,7 +41,7 @@ def survivors_of(screened: Screened, scenario: Scenario, limit_s: float | None) 
         CapacityError: no candidate keeps the level; says what is closest.
     """
     search = search_of(scenario)
-    values = screened.columns[search.objective] * OBJECTIVES[search.objective]
+    values = ranking(screened, scenario)
     tpot = screened.columns["tpot_s"]
     feasible = np.ones(len(tpot), dtype=bool) if limit_s is None else tpot <= limit_s
     if not feasible.any():
@@ -158,10 +159,13 @@ def choose(
     if not good:
         raise CapacityError(list(dict.fromkeys(fault for row in rows for fault in row.faults))[:10])
     if limit_s is None:
-        best = min(good, key=lambda row: row.figure(search.objective) * OBJECTIVES[search.objective])
+        values = ranking(screened, scenario)
+        sense = OBJECTIVES[search.objective]
+        is_rate = search.output_tokens_per_s is not None
+        best = min(good, key=lambda row: values[row.at] if is_rate else row.figure(search.objective) * sense)
         best.figures = {**(best.figures or {}), **assess(screened.scenario(best.at))}
         return best, 1.0
-    values = screened.columns[search.objective] * OBJECTIVES[search.objective]
+    values = ranking(screened, scenario)
     devices = np.array([shape.scenario.hardware.name for shape in screened.shapes])[screened.shape]
     spread = np.ones(len(values))
     open_ = np.ones(len(values), dtype=bool)

@@ -15,7 +15,7 @@ from longcat_sim.calibration import Roofline
 from longcat_sim.capacity import samples
 from longcat_sim.capacity.candidates import memory_at, room_of
 from longcat_sim.capacity.reasons import fleet_rate
-from longcat_sim.capacity.screen import pareto, screen_steps
+from longcat_sim.capacity.screen import pareto, ranking, screen_steps
 from longcat_sim.capacity.search import search_steps
 from longcat_sim.errors import CapacityError, SpecError
 from longcat_sim.simulation.step import step_seconds_many
@@ -193,3 +193,21 @@ def test_the_verb_prints_one_document_and_refuses_what_it_cannot(tmp_path: Path,
         main(["capacity", str(path), "--set", "search.tpot=1 ms", "--processes", "1"])
     assert done.value.code == 2
     assert "expected at least" in capsys.readouterr().err
+
+
+def test_a_rate_is_made_by_the_cheapest_whole_fleet(base: Scenario) -> None:
+    """Among fleets of whole replicas, counted one by one; of equal ones, one with room to the rate and the level."""
+    case = base.what_if({"search.output_tokens_per_s": 2e5})
+    screened = screen_steps(case, Roofline)
+    rows = [screened.row(at) for at in range(len(screened))]
+    level = [at for at, row in enumerate(rows) if row["tpot_s"] <= 0.025]
+
+    def usd(at: int) -> float:
+        row = rows[at]
+        replicas = int(np.ceil(2e5 / (row["tokens_per_s_per_gpu"] * row["num_gpus"])))
+        return replicas * row["num_gpus"] * screened.scenario(at).usd_per_gpu_hour
+
+    values = ranking(screened, case)
+    best = min(level, key=lambda at: values[at])
+    assert usd(best) == pytest.approx(min(usd(at) for at in level))
+    assert values[best] == pytest.approx(usd(best) / 3600 / 2e5 * 1e6, rel=1e-5)
