@@ -216,10 +216,11 @@ def check_reachable(scenario: Scenario, kept: list[Shape], limit_s: float | None
     floors = [(tpot_floor_s(shape.scenario), shape.label) for shape in kept]
     floor, label = min(floors)
     if limit_s < floor:
+        where = "serve.slo" if scenario.serve else "search"
         raise CapacityError(
-            f"{scenario.where}: slo.tpot: expected at least {floor * 1e3:.3g} ms, the time that {label} needs to read "
-            f"the weights of a step and cross its links at their data-sheet speed; got {limit_s * 1e3:.3g} ms; loosen "
-            "the level, draft more tokens, or search faster devices"
+            f"{scenario.where}: {where}.tpot: expected at least {floor * 1e3:.3g} ms, the time that {label} needs to "
+            "read the weights of a step and cross its links at their data-sheet speed; got "
+            f"{limit_s * 1e3:.3g} ms; loosen the level, draft more tokens, or search faster devices"
         )
 
 

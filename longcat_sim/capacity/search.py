@@ -82,7 +82,7 @@ def closest(screened: Screened, scenario: Scenario, limit_s: float | None) -> Ca
     row = screened.row(at)
     counts = ", ".join(f"{count} {reason}" for reason, count in screened.rejected.counts.items())
     return CapacityError(
-        f"{scenario.where}: slo.tpot: expected a deployment within {1e3 * (limit_s or 0):.4g} ms per token; the "
+        f"{scenario.where}: search.tpot: expected a deployment within {1e3 * (limit_s or 0):.4g} ms per token; the "
         f"closest of {len(screened)} is {row['deployment']} with {row['sequences_per_gpu']:g} sequences per GPU at "
         f"{row['tpot_s'] * 1e3:.4g} ms, {row['tpot_s'] / (limit_s or 1) - 1:.0%} over; allow smaller batches, a "
         "larger ep_size or draft tokens, or loosen the level" + (f" (put aside before: {counts})" if counts else "")

@@ -84,6 +84,8 @@ def explain(
     faults = []
     for fault in error.errors():
         path = (*at, *(part for part in fault["loc"] if not _is_type_label(part)))
+        if len(path) > 2 and path[0] == "step" and path[1] in ("decode", "prefill"):
+            path = ("step", *path[2:])  # which of the two it is stands in ``phase``, not in the path
         line = _line(lines, path)
         faults.append(f"{where}{line}: {dotted(path) or kind.__name__}: {_sentence(fault, kind)}")
     return faults

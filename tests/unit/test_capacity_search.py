@@ -132,7 +132,7 @@ def test_nothing_keeps_the_level_says_what_is_closest(base: Scenario) -> None:
 def test_a_level_below_the_physical_limit_says_the_limit(base: Scenario) -> None:
     """The weights that every step reads: 28 x (2 MLA + 2 dense FFN / 4) and half the embeddings, at 4.8 TB/s."""
     of = base.what_if({"search.tpot": "1 ms"})
-    with pytest.raises(CapacityError, match=r"slo\.tpot: expected at least [\d.]+ ms, the time .*read the weights"):
+    with pytest.raises(CapacityError, match=r"search\.tpot: expected at least [\d.]+ ms, the time .*read the weights"):
         search_steps(of, Roofline, simulate, partial(assess, limit_s=0.001))
 
 

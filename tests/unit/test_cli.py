@@ -113,7 +113,7 @@ def test_a_larger_token_budget_never_frees_memory(capsys: pytest.CaptureFixture[
         (["capacity", "longcat-flash-serve-capacity", "--set", "search.max_gpus=32"],
          ["by traffic", "replicas, 48 GPUs of 32"]),
         (["capacity", "longcat-flash-serve-capacity", "--set", "serve.slo=[{name: a, tpot: 1 ms}]"],
-         ["slo.tpot: expected at least", "read the weights"]),
+         ["serve.slo.tpot: expected at least", "read the weights"]),
         (["simulate", "longcat-flash-h800-decode", "--set", "step.sequences_per_gpu=2000"],
          ["GB too much", "sequences per GPU of this length fit"]),
         (["simulate", "longcat-flash-h800-decode", "--set", "deployment.pp_size=2"], ["pp_size: expected 1; got 2"]),
