@@ -95,7 +95,7 @@ def test_the_search_draws_its_picture(base: Scenario) -> None:
     small = base.what_if({"search": {"sequences_per_gpu": [8, 64], "survivors": 3, "overlap": ["none", "sbo"]}})
     result = capacity(small)
     figure = capacity_figure(result)
-    assert figure.data[-1].x[0] == pytest.approx(result.winner.figure("tokens_per_s_per_user"))
+    assert figure.data[-1].x[0] == pytest.approx(1 / result.winner.figure("tpot_s"))
     assert result.winner.screened["sequences_per_gpu"] == 64  # without a level, the fullest GPU is the cheapest
 
 
