@@ -1,8 +1,8 @@
 """The lanes of a step for many draws and ranks at once: the same rules as ``lanes``, in numpy, as masked lock-step.
 
 Every rank of every draw goes from event to event on its own clock; barriers tie the clocks together. A rank that waits
-at a barrier whose release could start something stands still until it is released, so no rank runs past a change of
-its rates. ``LaneEngine`` is the oracle.
+at a barrier whose release could start something goes on no further than the clock of the last rank to come, so no rank
+runs past a change of its rates. ``LaneEngine`` is the oracle.
 
 Shapes: N = draws x ranks, all [N] unless stated.
 """
@@ -193,9 +193,15 @@ class _TwoLanes:
                     after = self.sequence[k][at[k][who] + 1]
                     stalled[who] |= (after < count) & np.isfinite(self._ready(after, who))
             go = can & ~stalled
+            if stalled.any():
+                # a barrier ends when its last rank comes, and that is not before where that rank is now: until then
+                # a stalled rank may go on
+                step = np.where(stalled, np.minimum(step, self._until(now, state, item, own) - now), step)
+                go |= can & stalled & (step > 0)
             if not go.any():
                 if not can.any():
                     break
+                step = np.minimum(wait[0], wait[1])
                 when = np.where(can, now + step, np.inf).reshape(self.shape)
                 go = (when <= when.min(axis=1, keepdims=True)).reshape(-1) & can
             step = np.where(go, step, 0.0)
@@ -218,6 +224,18 @@ class _TwoLanes:
         assert all((item[k] == count).all() for k in lanes), "the step stopped: a barrier that nobody releases"
         end = np.maximum(free[0], free[1]).reshape(self.shape)
         return StepArrays(end, compute.reshape(self.shape), communication.reshape(self.shape))
+
+    def _until(self, now: FloatArray, state: Any, item: Any, own: Any) -> FloatArray:
+        """Return the time before which no barrier that a rank waits at can end [N]."""
+        until = np.full(self.n, np.inf)
+        for k in range(2):
+            arrived = state[k] == ARRIVED
+            for group in self.groups[k]:
+                mine = arrived & (self.group[item[k]] == group)
+                if mine.any():
+                    there = np.where(mine, own[k], now).reshape(-1, group).max(axis=1)
+                    until = np.where(mine, np.minimum(until, np.repeat(there, group)), until)
+        return until
 
     def _ready(self, which: Any, who: Any) -> FloatArray:
         """Return when what items wait for has ended on ranks ``who``; inf while unknown."""
