@@ -331,26 +331,3 @@ def _links(hardware: HardwareSpec) -> dict[str, float]:
     """Return the bandwidth of each link."""
     found = {"scale_up": hardware.scale_up, "scale_out": hardware.scale_out}
     return {name: float(link.bandwidth) for name, link in found.items() if link is not None}
-
-
-def collectives_of(path: Any, hardware: HardwareSpec, load: Any) -> CollectiveTimes | None:
-    """Return the times of one hardware from a file of records; None where it has none.
-
-    Single-size tables borrow the empty message from the H200 sweep of the same kernels. Kinds without a table are
-    carried over from the nearest device that has one: NVLink collectives from H100, exchanges from H200 (both with
-    the same NICs). ``load`` returns a HardwareSpec by name.
-    """
-    from longcat_sim.calibration.importers.exchange import READERS, read_points
-
-    if hardware.name not in READERS:
-        return None
-    sweep_of = load("h200-sxm")
-    sweep = CollectiveTimes.fit(read_points(path, "h200-sxm"), sweep_of)
-    own = CollectiveTimes.fit(read_points(path, hardware.name), hardware, empty_from=sweep)
-    if hardware.name in ("h800-sxm", "h100-sxm"):
-        if hardware.name == "h800-sxm":
-            h100 = CollectiveTimes.fit(read_points(path, "h100-sxm"), load("h100-sxm"), empty_from=sweep)
-            nvlink = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
-            own = own.with_curves(h100.carried_to(hardware, nvlink))
-        own = own.with_curves(sweep.carried_to(hardware, ("dispatch", "combine")))
-    return own

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from longcat_sim.calibration.profile_tables import Curve, interpolate
 from longcat_sim.errors import MeasurementError
 
 ONE_SHOT_BYTES = 8 << 20
@@ -122,16 +122,11 @@ class MeasuredLink:
     most sets the pace.
     """
 
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    curves: Mapping[str, Curve]
     """Operation -> (bytes, us): the whole message of an all-reduce, one rank's part of the others."""
 
     def _us(self, op: str, size: float) -> float:
-        sizes, times = self.curves[op]
-        if size <= sizes[0]:
-            return float(times[0])
-        j = min(max(bisect_right(sizes, size) - 1, 0), len(sizes) - 2)
-        slope = (times[j + 1] - times[j]) / (sizes[j + 1] - sizes[j])
-        return float(times[j] + slope * (size - sizes[j]))
+        return interpolate(self.curves[op], size)
 
     def all_reduce_us(self, message_bytes: float, ranks: int) -> float:
         """Return an all-reduce: two hops of half a message between two ranks."""

@@ -20,7 +20,16 @@ from pathlib import Path
 import numpy as np
 
 from longcat_sim.calibration.moe_components import MoeComponents, read_components
-from longcat_sim.calibration.profile_tables import Curve, bracket, interpolate, numbers, table_header, table_rows
+from longcat_sim.calibration.profile_tables import (
+    Curve,
+    CurveFamily,
+    bracket,
+    curve,
+    interpolate,
+    numbers,
+    table_header,
+    table_rows,
+)
 from longcat_sim.errors import MeasurementError
 
 
@@ -29,7 +38,7 @@ def _curves(path: Path, axis: str) -> dict[str, Curve]:
     for layer, *row in table_rows(path, (("layer",), (axis,), ("time_us",))):
         x, time = numbers(path, row)
         points[layer][x] = time
-    return {layer: (sorted(p), [p[x] for x in sorted(p)]) for layer, p in points.items()}
+    return {layer: curve(p) for layer, p in points.items()}
 
 
 @dataclass
@@ -75,10 +84,7 @@ class AttentionTable:
             full = {k: by_count for k, by_count in by_keys.items() if chunk == 0 or len(by_count) > 1}
             tables[chunk] = (
                 sorted(full),
-                {
-                    k: (sorted(by_count), {n: (sorted(c), [c[kv] for kv in sorted(c)]) for n, c in by_count.items()})
-                    for k, by_count in full.items()
-                },
+                {k: (sorted(by_count), {n: curve(c) for n, c in by_count.items()}) for k, by_count in full.items()},
             )
         return cls(sorted(c for c, (nodes, _) in tables.items() if nodes), tables)
 
@@ -224,8 +230,8 @@ class LayerProfile:
     per_sequence: dict[str, Curve]
     attention: AttentionTable
     skew: SkewTable
-    moe: dict[int, tuple[list[float], dict[float, Curve]]]
-    """Expert-parallel degree -> (activated experts, count -> curve over tokens)"""
+    moe: dict[int, CurveFamily]
+    """Expert-parallel degree -> curves over tokens, by activated experts"""
     components: MoeComponents | None = None
     """Experts, gate and finalisation measured apart, for this very deployment."""
 
@@ -302,20 +308,14 @@ class LayerProfile:
         """
         degree = min(self.moe, key=lambda e: abs(e - ep_size))
         tokens = tokens * degree / ep_size
-        counts, curves = self.moe[degree]
-        j, weight = bracket(counts, min(max(experts, counts[0]), counts[-1]))
-        low = interpolate(curves[counts[j]], tokens)
-        return low if not weight else low + (interpolate(curves[counts[j + 1]], tokens) - low) * weight
+        return self.moe[degree].at(experts, tokens)
 
 
-def _read_moe(path: Path) -> dict[int, tuple[list[float], dict[float, Curve]]]:
+def _read_moe(path: Path) -> dict[int, CurveFamily]:
     has_ep = "ep" in table_header(path)
     columns = [("tokens", "local_tokens"), ("activated_experts",), ("time_us",), *([("ep",)] if has_ep else [])]
     nested: dict[int, dict[float, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in table_rows(path, columns):
         tokens, experts, time = numbers(path, row[:3])
         nested[int(float(row[3])) if has_ep else 1][experts][tokens] = time
-    return {
-        ep: (sorted(by_experts), {e: (sorted(c), [c[t] for t in sorted(c)]) for e, c in by_experts.items()})
-        for ep, by_experts in nested.items()
-    }
+    return {ep: CurveFamily.of(by_experts) for ep, by_experts in nested.items()}

@@ -7,35 +7,15 @@ CUDA graphs and eagerly. Source: LLMServingSim documentation, native MoE compone
 from __future__ import annotations
 
 import json
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from longcat_sim.calibration.profile_tables import Curve, interpolate, numbers, table_rows
+from longcat_sim.calibration.profile_tables import Curve, CurveFamily, curve, interpolate, numbers, table_rows
 from longcat_sim.errors import MeasurementError
 
 LOCAL = ("gate_routing", "finalize_copy")
-
-
-@dataclass(frozen=True)
-class ExpertSurface:
-    """Time by active experts and rows, both interpolated."""
-
-    counts: list[float]
-    curves: dict[float, Curve]
-
-    def us(self, rows: float, active: float) -> float:
-        """Return the time; active experts are held within what was measured."""
-        counts = self.counts
-        at = min(max(active, counts[0]), counts[-1])
-        j = min(max(bisect_right(counts, at) - 1, 0), max(len(counts) - 2, 0))
-        low = interpolate(self.curves[counts[j]], rows)
-        if len(counts) == 1 or at == counts[j]:
-            return low
-        weight = (at - counts[j]) / (counts[j + 1] - counts[j])
-        return low + (interpolate(self.curves[counts[j + 1]], rows) - low) * weight
 
 
 @dataclass(frozen=True)
@@ -43,7 +23,8 @@ class MoeComponents:
     """Parts of one expert layer on one rank, by mode (``graph`` or ``eager``)."""
 
     local: dict[str, list[Curve]]
-    experts: dict[str, ExpertSurface]
+    experts: dict[str, CurveFamily]
+    """Over active experts, by gathered rows."""
 
     def us(self, rows: Sequence[int], active: float, is_graph: bool) -> float:
         """Return the time of one expert layer, collectives apart, on the rank with most rows of its own."""
@@ -53,7 +34,7 @@ class MoeComponents:
             else next(m for m in ("eager", "graph") if m in self.experts)
         )
         own = max(rows)
-        return sum(interpolate(curve, own) for curve in self.local[mode]) + self.experts[mode].us(sum(rows), active)
+        return sum(interpolate(curve, own) for curve in self.local[mode]) + self.experts[mode].at(active, sum(rows))
 
 
 def read_components(folder: Path, tp_size: int, dp_size: int) -> MoeComponents | None:
@@ -95,9 +76,6 @@ def read_components(folder: Path, tp_size: int, dp_size: int) -> MoeComponents |
     if not surface:
         raise MeasurementError(f"{path}: expected rows of the component experts; got none; measure them or remove it")
     return MoeComponents(
-        {m: [(sorted(c), [c[t] for t in sorted(c)]) for c in local[m].values()] for m in surface},
-        {
-            m: ExpertSurface(sorted(s), {a: (sorted(c), [c[t] for t in sorted(c)]) for a, c in s.items()})
-            for m, s in surface.items()
-        },
+        {m: [curve(points) for points in local[m].values()] for m in surface},
+        {m: CurveFamily.of(points) for m, points in surface.items()},
     )

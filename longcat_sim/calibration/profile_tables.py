@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
 from longcat_sim.errors import MeasurementError
 
-Curve = tuple[list[float], list[float]]
+Curve = tuple[Sequence[float], Sequence[float]]
 """(ascending nodes, values)"""
 
 
@@ -29,6 +30,32 @@ def interpolate(curve: Curve, x: float) -> float:
         return values[0]
     j, weight = bracket(nodes, x)
     return values[j] + (values[j + 1] - values[j]) * weight
+
+
+def curve(points: Mapping[float, float]) -> Curve:
+    """Return the curve through (node, value) pairs."""
+    nodes = sorted(points)
+    return nodes, [points[node] for node in nodes]
+
+
+@dataclass(frozen=True)
+class CurveFamily:
+    """Curves measured at several values of a parameter; straight lines between these, too."""
+
+    parameters: list[float]
+    curves: dict[float, Curve]
+
+    @classmethod
+    def of(cls, points: Mapping[float, Mapping[float, float]]) -> CurveFamily:
+        """Return the family of parameter -> node -> value."""
+        return cls(sorted(points), {parameter: curve(row) for parameter, row in points.items()})
+
+    def at(self, parameter: float, x: float) -> float:
+        """Return the value; the parameter is held within what was measured."""
+        known = self.parameters
+        j, weight = bracket(known, min(max(parameter, known[0]), known[-1]))
+        low = interpolate(self.curves[known[j]], x)
+        return low if not weight else low + (interpolate(self.curves[known[j + 1]], x) - low) * weight
 
 
 def table_rows(path: Path, columns: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from longcat_sim.calibration.answer import Key
 from longcat_sim.calibration.artefacts import without_accidents
+from longcat_sim.calibration.collectives import CollectiveTimes
 from longcat_sim.calibration.importers import published
 from longcat_sim.calibration.importers.aiconfigurator import SYSTEMS, import_aiconfigurator
+from longcat_sim.calibration.importers.exchange import read_points
 from longcat_sim.calibration.importers.kernels import READERS, import_kernels
 from longcat_sim.calibration.op_times import OpTimes
 from longcat_sim.errors import MeasurementError
@@ -33,6 +35,8 @@ BORROWED: dict[str, Callable[[Op], bool]] = {
 }
 """Which rows a device takes from its twin; kinds not named take all."""
 
+NVLINK_KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+
 H800_EXTRA = [
     published(
         "mla_decode", 2.0 * 128 * 2 * 128 * 8192 * 1088 / 660e12,
@@ -45,6 +49,11 @@ H800_EXTRA = [
         dtype="fp8", batch=128, queries=2, selected=2048, heads=128, latent=512, rope=64,
     ),
 ]  # fmt: skip
+
+
+def has_op_tables(name: str) -> bool:
+    """Whether op times are published for a device or its twin."""
+    return name in READERS or name in SYSTEMS or name in SAME_DIE
 
 
 def published_measurements(
@@ -104,3 +113,25 @@ def fit_published(
         "left_out": left_out,
     }
     return times
+
+
+def published_collectives(
+    records: str | Path, hardware: HardwareSpec, load: Callable[[str], HardwareSpec]
+) -> CollectiveTimes | None:
+    """Return the collectives of one hardware from a YAML file of records; None where it has none of them.
+
+    Tables of a single size borrow the empty message from the H200 sweep of the same kernels. Kinds without a table are
+    carried over from the nearest device that has one: NVLink collectives from H100, exchanges from H200 (both with
+    the same NICs). ``load`` returns a HardwareSpec by name.
+    """
+    own_points = read_points(Path(records), hardware.name)
+    if not own_points:
+        return None
+    sweep = CollectiveTimes.fit(read_points(Path(records), "h200-sxm"), load("h200-sxm"))
+    own = CollectiveTimes.fit(own_points, hardware, empty_from=sweep)
+    if hardware.name == "h800-sxm":
+        h100 = CollectiveTimes.fit(read_points(Path(records), "h100-sxm"), load("h100-sxm"), empty_from=sweep)
+        own = own.with_curves(h100.carried_to(hardware, NVLINK_KINDS))
+    if hardware.name in ("h800-sxm", "h100-sxm"):
+        own = own.with_curves(sweep.carried_to(hardware, ("dispatch", "combine")))
+    return own

@@ -173,6 +173,9 @@ class CapacityResult:
                 paid += f", {whole:.4g} USD per million at the {asked:,.0f} tokens/s asked for"
                 if rate.get("output_tokens_per_s_p5", asked) < asked:
                     paid += " (which the interval's lower end misses: a higher search.probability or a spare helps)"
+                most = search_of(self.scenario).max_gpus
+                if rate["num_gpus"] > most:
+                    paid += f"; more GPUs than search.max_gpus, {most}"
             return [
                 ("fleet", f"{rate['num_gpus']} GPUs, {rate['replicas']} replicas{spares}: {made} output tokens/s"),
                 ("", f"= {users} at this level, {paid}"),

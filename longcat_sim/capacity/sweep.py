@@ -39,11 +39,6 @@ class Point:
     figures: Mapping[str, Any] | None
     faults: tuple[str, ...] = ()
 
-    @property
-    def is_good(self) -> bool:
-        """Whether there are figures."""
-        return self.figures is not None
-
 
 def sweep(
     scenarios: Sequence[Scenario],

@@ -8,10 +8,14 @@ from typing import Annotated
 import typer
 
 from longcat_sim.cli.output import print_json, say
+from longcat_sim.studies.validate.sections import SECTIONS
 
 
 def run(
-    section: Annotated[list[str] | None, typer.Option("--section", help="Only this section. Repeatable.")] = None,
+    section: Annotated[
+        list[str] | None,
+        typer.Option("--section", help=f"Only this section. Repeatable. One of {', '.join(SECTIONS)}."),
+    ] = None,
     vllm_run: Annotated[Path | None, typer.Option(help="A recorded engine run: requests.jsonl, meta.json, ...")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:

@@ -71,12 +71,12 @@ def timeline_figure(rows: Sequence[tuple[Span, str]], *, title: str) -> Any:
     return figure
 
 
-def _rows(result: StepResult, ranks: Iterable[int], layers: set[int] | None) -> list[tuple[Span, str]]:
+def _rows(result: StepResult, ranks: Iterable[int], layers: set[int]) -> list[tuple[Span, str]]:
     """Return the spans of some ranks and layers with their groups."""
     program, line = result.timeline.program, result.timeline
     rows = []
     for i, item in enumerate(program.items):
-        if layers is not None and item.layer not in layers:
+        if item.layer not in layers:
             continue
         group = GROUPS.get(item.kind, "small op")
         for rank in ranks:
@@ -95,9 +95,3 @@ def layer_timeline(result: StepResult, layer: int | None = None, ranks: Sequence
     overlap = result.scenario.deployment.overlap
     title = f"{result.scenario.model.name or 'layer'}: layer {chosen} under {overlap}"
     return timeline_figure(_rows(result, ranks, {chosen}), title=title)
-
-
-def step_timeline(result: StepResult, ranks: Sequence[int] = (0,)) -> Any:
-    """Return the timeline of the whole step, by rank."""
-    title = f"{result.scenario.model.name or 'step'}: a step of {result.step_s * 1e3:.2f} ms"
-    return timeline_figure(_rows(result, ranks, None), title=title)

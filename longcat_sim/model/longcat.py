@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longcat_sim.errors import ModelError
@@ -256,8 +255,3 @@ class LongcatFlash(nn.Module):
         from longcat_sim.model.loading import from_pretrained
 
         return from_pretrained(cls, Path(folder), **kwargs)
-
-
-def next_token_loss(logits_BSV: Tensor, tokens_BS: Tensor) -> Tensor:
-    """Return the mean cross entropy of predicting each next token."""
-    return F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), tokens_BS[:, 1:].flatten())

@@ -1,9 +1,9 @@
-"""A slow function of one slider, solved at fixed places along it and read in between."""
+"""A slow function of sliders, solved at fixed places along the one that moves and read in between."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from longcat_sim.ops.op import FloatArray
 
@@ -18,6 +18,21 @@ class Knots:
     def __init__(self, per_decade: int = PER_DECADE) -> None:
         self.per_decade = per_decade
         self._solved: dict[tuple[Hashable, int], FloatArray] = {}
+        self._knob = ""
+
+    def along(
+        self, factors: Mapping[str, float], moved: Sequence[str], others: Hashable,
+        solve: Callable[[Mapping[str, float]], FloatArray],
+    ) -> FloatArray:  # fmt: skip
+        """Return positive values at positive ``factors``, read along the one that moved last (``moved``, else before).
+
+        Where all factors are 1 this is what ``solve`` gives there.
+        """
+        self._knob = knob = next(
+            (name for name in reversed(moved) if name in factors), self._knob or next(iter(factors))
+        )
+        rest = tuple(factor for name, factor in factors.items() if name != knob)
+        return self.read((others, knob, rest), factors[knob], lambda at: solve({**factors, knob: at}))
 
     def read(self, others: Hashable, at: float, solve: Callable[[float], FloatArray]) -> FloatArray:
         """Return positive values at ``at``; ``others`` names everything else that ``solve`` depends on.

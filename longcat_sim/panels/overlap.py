@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from longcat_sim.capacity.screen import Times
+from longcat_sim.errors import UserError
 from longcat_sim.figures.timeline import COLORS, GROUPS
 from longcat_sim.ops.attention import StepSize
 from longcat_sim.ops.graph import step_graph
-from longcat_sim.ops.op import OpTimesLike
+from longcat_sim.ops.op import FloatArray, OpTimesLike
 from longcat_sim.ops.schedules import SCHEDULES
 from longcat_sim.panels.base import Control, Panel, put
+from longcat_sim.panels.knots import Knots
 from longcat_sim.simulation.lanes import LaneEngine, Timeline
 from longcat_sim.simulation.load import typical_load
 from longcat_sim.simulation.program import build_program
@@ -63,6 +66,9 @@ class OverlapPanel(Panel):
 
     def __init__(self, scenario: Scenario, op_times: Times) -> None:
         self.scenario, self.op_times = scenario, op_times
+        self._knots = Knots()
+        self._bars: dict[str, list[tuple[str, str, str]]] = {}
+        """Schedule -> (group, lane, name) of each op of a layer"""
         step = scenario.step
         controls = []
         if step is not None and step.phase == "decode":
@@ -79,15 +85,16 @@ class OverlapPanel(Panel):
         controls.append(Control("overlap", "schedule", scenario.deployment.overlap, choices=overlaps_of(scenario)))
         super().__init__(controls)
 
-    def changed(self) -> Scenario:
-        """Return the scenario that the controls describe."""
-        changes: dict[str, Any] = {"deployment.overlap": self.values["overlap"]}
+    def changed(self, values: Mapping[str, float] | None = None) -> Scenario:
+        """Return the scenario that the controls describe, some at other values."""
+        now = {**self.values, **(values or {})}
+        changes: dict[str, Any] = {"deployment.overlap": now["overlap"]}
         for name in ("sequences_per_gpu", "context_tokens"):
-            if name in self.values:
-                changes[f"step.{name}"] = self.values[name]
-        if "link_gb_per_s" in self.values and self.values["link_gb_per_s"] != self.controls["link_gb_per_s"].value:
+            if name in now:
+                changes[f"step.{name}"] = now[name]
+        if "link_gb_per_s" in now and now["link_gb_per_s"] != self.controls["link_gb_per_s"].value:
             name = "scale_out" if self.scenario.hardware.scale_out is not None else "scale_up"
-            changes[f"hardware.{name}.bandwidth"] = ParsedFloat(self.values["link_gb_per_s"] * 1e9)
+            changes[f"hardware.{name}.bandwidth"] = ParsedFloat(now["link_gb_per_s"] * 1e9)
         return self.scenario.what_if(changes)
 
     def _build(self) -> Any:
@@ -107,20 +114,35 @@ class OverlapPanel(Panel):
         )  # fmt: skip
         return figure
 
+    def _layer(self) -> FloatArray:
+        """Return (end, duration) in us of the middle layer's ops [2, ops], read between solved values of a slider."""
+        overlap, sliders = self.values["overlap"], [name for name in self.values if name != "overlap"]
+
+        def solve(factors: Mapping[str, float]) -> FloatArray:
+            of = self.changed({name: factor * self.controls[name].value for name, factor in factors.items()})
+            line = steady_layers(of, self.op_times(of.hardware))
+            items = line.program.items
+            middle = max(item.layer for item in items) // 2
+            shown = [i for i, item in enumerate(items) if item.layer == middle]
+            self._bars[overlap] = [
+                (GROUPS.get(items[i].kind, "small op"), line.program.lanes[items[i].lane], items[i].name) for i in shown
+            ]
+            start, end = line.start_s[shown, 0] * 1e6, line.end_s[shown, 0] * 1e6
+            return np.stack([end - start.min(), end - start])
+
+        factors = {name: self.values[name] / self.controls[name].value for name in sliders}
+        try:
+            return self._knots.along(factors, self.moved, overlap, solve)
+        except UserError:  # a place beyond the slider's end may be impossible where the value is not
+            return solve(factors)
+
     def _update(self) -> None:
-        of = self.changed()
-        line = steady_layers(of, self.op_times(of.hardware))
-        program = line.program
-        middle = max(item.layer for item in program.items) // 2
+        ends, durations = self._layer()
         rows: dict[str, list[tuple[float, float, str, str]]] = {group: [] for group in COLORS}
-        start = min(float(line.start_s[i, 0]) for i, item in enumerate(program.items) if item.layer == middle)
-        end = start
-        for i, item in enumerate(program.items):
-            if item.layer == middle:
-                first, last = float(line.start_s[i, 0]), float(line.end_s[i, 0])
-                end = max(end, last)
-                group = GROUPS.get(item.kind, "small op")
-                rows[group].append(((first - start) * 1e6, (last - first) * 1e6, program.lanes[item.lane], item.name))
+        for (group, lane, name), end, duration in zip(
+            self._bars[self.values["overlap"]], ends.tolist(), durations.tolist(), strict=True
+        ):
+            rows[group].append((end - duration, duration, lane, name))
         for trace in self.figure.data:
             bars = rows[trace.name]
             base, x, y, names = ([bar[at] for bar in bars] for at in range(4))
@@ -128,7 +150,7 @@ class OverlapPanel(Panel):
         exchange = [bar for bar in rows["exchange"] if bar[2] != "compute"]
         hidden = _hidden_us([bar for group in rows.values() for bar in group if bar[2] == "compute"], exchange)
         total = sum(bar[1] for bar in rows["exchange"])
-        self.text = f"one layer takes {(end - start) * 1e6:.0f} µs under {of.deployment.overlap}"
+        self.text = f"one layer takes {ends.max():.0f} µs under {self.values['overlap']}"
         if total > 0:
             self.text += f"; {hidden / total:.0%} of its {total:.0f} µs of exchange hides behind compute"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -45,15 +46,16 @@ class WhatIfPanel(Panel):
                     self.paths[name] = path
             except CapacityError:
                 continue
-        self._knots, self._knob = Knots(), next(name for name in self.paths if name != "price")
+        self._knots = Knots()
         self.base = fast_figures(scenario, op_times(scenario.hardware))
         overlaps = overlaps_of(scenario)
         controls = [Control(name, f"{name} ×", 1.0, 0.1, 10.0, is_log=True) for name in self.paths]
         controls.append(Control("overlap", "overlap", scenario.deployment.overlap, choices=overlaps))
         super().__init__(controls)
 
-    def changed(self, **factors: float) -> Scenario:
+    def changed(self, factors: Mapping[str, float] | None = None) -> Scenario:
         """Return the scenario that the controls describe, some at other factors."""
+        factors = factors or {}
         changes: dict[str, Any] = {}
         for name, path in self.paths.items():
             factor = factors.get(name, self.values[name])
@@ -82,17 +84,14 @@ class WhatIfPanel(Panel):
         return figure
 
     def _step_s(self) -> float:
-        """Return a step's seconds, read between solved factors of the knob that moved last; the price moves none."""
-        hardware = {name: float(self.values[name]) for name in self.paths if name != "price"}
-        knob = next((name for name in reversed(self.moved) if name in hardware), self._knob)
-        self._knob = knob
-        others = (self.values["overlap"], knob, *(factor for name, factor in hardware.items() if name != knob))
+        """Return a step's seconds, read between solved factors; the price moves none."""
 
-        def solve(factor: float) -> Any:
-            of = self.changed(**{knob: factor})
+        def solve(factors: Mapping[str, float]) -> Any:
+            of = self.changed(factors)
             return np.array(fast_figures(of, self.op_times(of.hardware))["step_s"])
 
-        return float(self._knots.read(others, hardware[knob], solve))
+        hardware = {name: float(self.values[name]) for name in self.paths if name != "price"}
+        return float(self._knots.along(hardware, self.moved, self.values["overlap"], solve))
 
     def _update(self) -> None:
         got = decode_figures(self.scenario, self._step_s())

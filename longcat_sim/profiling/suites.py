@@ -21,7 +21,6 @@ SUITES: dict[str, tuple[str, ...]] = {
     "sparse": ("topk", "indexer", "sparse_mla"),
 }
 """Suite -> kinds of op, in order of value; ``collectives``, ``contention`` and ``model-step`` are not grids of ops."""
-OTHER_SUITES = ("collectives", "contention", "model-step")
 
 
 @dataclass(frozen=True)

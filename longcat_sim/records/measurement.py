@@ -5,12 +5,14 @@ A file holds one device. Its first line is ``{"schema": 1, "environment": {...}}
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from longcat_sim.errors import MeasurementError
 from longcat_sim.ops.op import KINDS, Op, op
@@ -20,6 +22,14 @@ SCHEMA = 1
 MAX_CORRUPT_SHARE = 0.05
 UNSTABLE_SPREAD = 0.25
 """A point whose (p90 - p10) / median stays above this is marked unstable."""
+Statistic = Literal["median", "p10"]
+"""What of the repetitions a fit predicts."""
+
+
+def block_drift(block_s: Sequence[float]) -> float:
+    """Return the median over pairs of blocks of the longer over the shorter, less 1; 0 for a single block."""
+    pairs = [max(a, b) / min(a, b) - 1 for a, b in itertools.combinations(block_s, 2)]
+    return statistics.median(pairs) if pairs else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +50,11 @@ class Environment:
     date: str = ""
     source: str = ""
     """Where a table comes from; empty for our own measurements."""
+
+    @property
+    def statistic(self) -> Statistic:
+        """The 10th percentile on a CPU, whose cores others use too (they only ever add time); else the median."""
+        return "p10" if self.kind == "cpu" else "median"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +97,19 @@ class Measurement:
         if self.count < 1:
             raise ValueError(f"count: expected 1 or more; got {self.count}; measure the point again")
 
+    def seconds(self, statistic: Statistic) -> float:
+        """Return the time of the op by a statistic of its repetitions."""
+        return self.p10_s if statistic == "p10" else self.median_s
+
     @property
     def spread(self) -> float:
         """(p90 - p10) / median."""
         return (self.p90_s - self.p10_s) / self.median_s
+
+    @property
+    def drift(self) -> float:
+        """Median difference between the p10 of two blocks: what the machine does from block to block."""
+        return block_drift(self.block_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +134,14 @@ class StepMeasurement:
     active: float = 0.0
     """Mean FFN experts of one layer that got any."""
 
+    def seconds(self, statistic: Statistic) -> float:
+        """Return the time of the step by a statistic of its repetitions."""
+        return self.p10_s if statistic == "p10" else self.median_s
+
     @property
-    def spread(self) -> float:
-        """Largest over smallest p10 of a block, less 1: the machine's own drift."""
-        return max(self.block_s) / min(self.block_s) - 1 if self.block_s else 0.0
+    def drift(self) -> float:
+        """Median difference between the p10 of two blocks: what the machine does from block to block."""
+        return block_drift(self.block_s)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +90,3 @@ def chrome_trace(spans: Iterable[Span]) -> dict:
         for rank in sorted({rank for rank, _ in tracks})
     ]
     return {"traceEvents": ranks + names + events + _flows(spans, tracks), "displayTimeUnit": "ms"}
-
-
-def write_spans(spans: Iterable[Span], path: Path) -> None:
-    """Write spans as JSON Lines."""
-    path.write_text("".join(json.dumps(asdict(span)) + "\n" for span in spans), encoding="utf-8")

@@ -15,6 +15,7 @@ import numpy as np
 from longcat_sim.errors import SpecError
 from longcat_sim.ops.graph import LayerLoad
 from longcat_sim.ops.op import FloatArray
+from longcat_sim.order_statistics import largest_quantile
 from longcat_sim.records.routing import RoutingTrace
 from longcat_sim.specs.deployment import Deployment, Routing
 from longcat_sim.specs.model import ModelSpec
@@ -185,17 +186,13 @@ def draw_contexts(
 
 
 def busiest_context(spread: float, sequences: FloatArray, ranks: int) -> FloatArray:
-    """Return the expected mean context of the rank with the longest ones, over the mean [points, 1].
-
-    Source: G. Blom, Statistical Estimates and Transformed Beta-Variables, 1958 (expected largest of n draws as the
-    quantile (n - 3/8) / (n + 1/4)).
-    """
+    """Return the expected mean context of the rank with the longest ones, over the mean [points, 1]."""
     from scipy.stats import gamma
 
     sequences = np.asarray(sequences, dtype=float)
     holding = np.clip(sequences * ranks, 1.0, ranks)  # below one sequence a rank, some have none
     shape = np.maximum(sequences, 1.0) / spread**2
-    longest = gamma.ppf((holding - 0.375) / (holding + 0.25), shape) / shape
+    longest = gamma.ppf(largest_quantile(holding), shape) / shape
     return np.asarray(np.where(holding > 1, np.maximum(longest, 1.0), 1.0))
 
 

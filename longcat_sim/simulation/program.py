@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,22 +56,6 @@ class Program:
     draws: int = 1
     ranks: int = 1
     notes: list[str] = field(default_factory=list)
-
-    @cached_property
-    def serial_order(self) -> list[int]:
-        """Items in an order in which each follows all that it waits for (lane order included)."""
-        done = [False] * len(self.items)
-        at = [0] * len(self.order)
-        result: list[int] = []
-        while len(result) < len(self.items):
-            before = len(result)
-            for lane, order in enumerate(self.order):
-                while at[lane] < len(order) and all(done[w] for w in self.items[order[at[lane]]].waits):
-                    done[order[at[lane]]] = True
-                    result.append(order[at[lane]])
-                    at[lane] += 1
-            assert len(result) > before, "a program with a cycle"
-        return result
 
     def table(self) -> FloatArray:
         """Return durations alone [items, draws, ranks]."""

@@ -150,6 +150,6 @@ def dotted(path: tuple) -> str:
 
 def unknown_name(what: str, name: str, known: list[str], *, where: str = "") -> SpecError:
     """Return the error for a name that is neither packaged nor a file; lists the valid ones."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "choose one or give a path"
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "choose one or give a path"
     return SpecError(f"{where or what}: expected a path or one of {', '.join(known)}; got {name!r}; {hint}")

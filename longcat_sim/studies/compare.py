@@ -22,7 +22,6 @@ class Comparison:
     figures: list[dict[str, float]]
     parts: list[dict[str, float]]
     """Where the time goes, in seconds; they add up to the step."""
-    is_equal_seed: bool = True
 
     def terms(self, other: str | None = None) -> list[Term]:
         """Return the parts of the base and of ``other`` (the second by default)."""

@@ -25,7 +25,7 @@ def calibrate(measurements: Path, name: str, out: Path | None = None, *, draws: 
     rows = load_measurements(measurements)
     target = out or Path("hardware_profiles") / f"{name}.yaml"
     hardware = _sheet(name, target, rows.environment)
-    times = OpTimes.fit(rows, hardware, draws=draws, seed=seed)
+    times = OpTimes.fit(rows, hardware, draws=draws, seed=seed, statistic=rows.environment.statistic)
     times.provenance = {"measured_on": rows.environment.device, "date": rows.environment.date, **times.provenance}
     write_fit(target, times.to_fit())
     return times
@@ -34,19 +34,23 @@ def calibrate(measurements: Path, name: str, out: Path | None = None, *, draws: 
 def calibrate_published(records: Path, name: str, tables: Path | None = None) -> OpTimes:
     """Fit a profile to published tables (a YAML file of records, and aiconfigurator-core's tables where they are).
 
-    The profile's collectives are kept. Returns the fitted times.
+    Collectives of the records are fitted too; a profile's own stay where the records have none. Returns the times.
 
     Raises:
         SpecError: no profile of that name.
         MeasurementError: no table of the device, or too few points.
     """
-    from longcat_sim.calibration.published import fit_published
+    from longcat_sim.calibration.published import fit_published, has_op_tables, published_collectives
 
     hardware = load_hardware(name)
-    times = fit_published(hardware, kernels=records, tables=tables)
+    known = OpTimes.from_hardware(hardware)
+    collectives = published_collectives(records, hardware, load_hardware)
+    if collectives is None or has_op_tables(name):
+        times = fit_published(hardware, kernels=records, tables=tables)
+    else:
+        times = OpTimes(hardware, known.laws_, provenance={"method": "published tables", **known.provenance})
+    times.collectives_ = collectives or known.collectives_
     fit = times.to_fit()
-    if hardware.fit and "collectives" in hardware.fit:
-        fit["collectives"] = hardware.fit["collectives"]
     target = next(folder / f"{name}.yaml" for folder in profile_folders() if (folder / f"{name}.yaml").exists())
     write_fit(target, fit)
     return times

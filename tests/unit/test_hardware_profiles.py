@@ -69,3 +69,32 @@ def test_kernel_tables_are_read() -> None:
     experts = [row for row in rows if row.op.variant == "masked" and row.op["groups"] == 256]
     # masked rows follow from the table's MFU: 16 tokens per expert come out near 4,096
     assert max(row.op["m"] for row in experts) == pytest.approx(3951, rel=0.02)
+
+
+@pytest.mark.skipif(not (SHARED / "reference" / "kernels.yaml").exists(), reason="the exchange tables are not here")
+@pytest.mark.parametrize("name", ["h800-sxm", "h100-sxm", "h200-sxm", "b200-sxm", "gb200-nvl72", "mi300x"])
+def test_packaged_collectives_are_what_the_records_give(name: str) -> None:
+    from longcat_sim.calibration.published import published_collectives
+
+    hardware = load_hardware(name)
+    found = published_collectives(SHARED / "reference" / "kernels.yaml", hardware, load_hardware)
+    assert hardware.fit is not None
+    assert found is not None
+    assert found.to_fit() == hardware.fit["collectives"]
+
+
+@pytest.mark.skipif(not (SHARED / "reference" / "kernels.yaml").exists(), reason="the exchange tables are not here")
+def test_calibrate_writes_the_collectives_of_a_device_without_op_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longcat_sim.studies.measure import calibrate_published
+
+    folder = tmp_path / "hardware_profiles"
+    folder.mkdir()
+    packaged = Path(__file__).parents[2] / "hardware_profiles" / "mi300x.yaml"
+    text = packaged.read_text(encoding="utf-8")
+    sheet, _, old = text.partition("\nfit:\n")
+    (folder / "mi300x.yaml").write_text(sheet + "\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)  # profiles of the working folder go first
+    calibrate_published(SHARED / "reference" / "kernels.yaml", "mi300x")
+    assert (folder / "mi300x.yaml").read_text(encoding="utf-8").partition("\nfit:\n")[2] == old

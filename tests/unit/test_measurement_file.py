@@ -39,7 +39,7 @@ def test_a_file_gives_back_what_was_saved(tmp_path) -> None:
     assert found.steps == (step,)
     assert found.environment == HERE
     assert found[0].spread == pytest.approx(0.3)
-    assert step.spread == pytest.approx(0.2)
+    assert step.drift == pytest.approx(0.2)
 
 
 def test_a_few_corrupt_lines_are_skipped_with_their_numbers(tmp_path) -> None:

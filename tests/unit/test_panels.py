@@ -10,7 +10,7 @@ from longcat_sim.capacity.screen import screen_steps
 from longcat_sim.errors import CapacityError
 from longcat_sim.panels.capacity import CapacityPanel
 from longcat_sim.panels.cost import CostPanel
-from longcat_sim.panels.overlap import OverlapPanel
+from longcat_sim.panels.overlap import OverlapPanel, steady_layers
 from longcat_sim.panels.serving import ServingPanel
 from longcat_sim.panels.what_if import WhatIfPanel
 from longcat_sim.specs.scenario import Scenario, scenario
@@ -105,13 +105,16 @@ def test_serving_panel_reads_between_simulated_rates() -> None:
         run, [1, 4, 8], replicas=2, gpus_per_replica=8, usd_per_gpu_hour=2.0, output_tokens=500, ttft_limit_s=1.0
     )
     panel.set(requests_per_s=8.0, replicas=2.0)
-    assert panel.figure.data[4].y[0] == pytest.approx(1 / 6)
+    star = panel.figure.layout.images[0]
+    assert (star.x, star.y) == (8.0, pytest.approx(1 / 6))
     assert list(panel.figure.data[0].x) == [2, 8, 16]
     assert f"{2 * 8 * 2.0 / 3600 / (8 * 500) * 1e6:.3g} USD" in panel.text
     panel.set(replicas=4.0)
-    assert panel.figure.data[4].y[0] == pytest.approx(np.interp(2, [1, 4, 8], [1 / 9, 1 / 6, 1 / 2]))
+    assert star.y == pytest.approx(np.interp(2, [1, 4, 8], [1 / 9, 1 / 6, 1 / 2]))
+    assert star.visible
     panel.set(requests_per_s=100.0)
     assert "beyond what was simulated" in panel.text
+    assert not star.visible
     with pytest.raises(CapacityError, match="at least two rising rates"):
         ServingPanel(run, [4, 1], replicas=1, gpus_per_replica=1, usd_per_gpu_hour=1.0, output_tokens=1)
 
@@ -143,6 +146,17 @@ def test_between_solved_factors_a_step_is_read_to_half_a_percent(base: Scenario)
     exact = fast_figures(of, Roofline(of.hardware))
     assert f"{exact['usd_per_million_output_tokens']:.3g} USD" in cost.text
     assert cost.figure.data[1].x[0] == pytest.approx(1 / exact["tpot_s"], rel=5e-3)
+
+
+def test_between_solved_values_a_timeline_is_read_to_two_percent(base: Scenario) -> None:
+    panel = OverlapPanel(base, Roofline)
+    for moved in ({"sequences_per_gpu": 71.3}, {"context_tokens": 5200.0}, {"link_gb_per_s": 37.0}):
+        panel.set(**moved)
+        read = sorted(b + x for trace in panel.figure.data for b, x in zip(trace.base, trace.x, strict=True))
+        line = steady_layers(panel.changed(), Roofline(panel.changed().hardware))
+        shown = [i for i, item in enumerate(line.program.items) if item.layer == 1]
+        ends = np.sort(line.end_s[shown, 0] - line.start_s[shown, 0].min()) * 1e6
+        assert read == pytest.approx(list(ends), rel=0.02, abs=0.5), moved  # a link that begins to bind is a kink
 
 
 def test_a_move_sends_only_what_changed(base: Scenario) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from longcat_sim.errors import ModelError
+from longcat_sim.studies.statistics import mean_interval, share_interval
 from longcat_sim.studies.topk import smollm2, study
 from longcat_sim.studies.topk.claims import NOT_REPRODUCED, REPRODUCED, UNDECIDED, judge
 from longcat_sim.studies.topk.context_price import crossover
-from longcat_sim.studies.topk.statistics import mean_interval, share_interval
 
 
 def test_intervals() -> None:

@@ -143,7 +143,7 @@ READERS: dict[str, dict[str, Callable[[Row, str], Iterator[Point]]]] = {
 
 def read_points(path: Path, hardware: str) -> list[Point]:
     """Return the measured collectives of one hardware in a file of records; only ``use: calibrate`` is read."""
-    records = yaml.safe_load(path.read_text(encoding="utf-8"))["records"]
+    records = yaml.safe_load(path.read_text(encoding="utf-8")).get("records", ())
     readers = READERS.get(hardware, {})
     points: list[Point] = []
     for record in records:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from longcat_sim.studies.topk.statistics import mean_interval, share_interval
+from longcat_sim.studies.statistics import mean_interval, share_interval
 
 FIGURES = ("kl_nats", "nll_change_nats", "top1_same", "mass", "output_error", "precision", "entropy")
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-Verdict = Literal["shown at this scale", "refuted at this scale", "undecided at this scale", "not testable here"]
+from longcat_sim.studies.statistics import half_width
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; scipy is not loaded for eight numbers.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+Verdict = Literal["shown at this scale", "refuted at this scale", "undecided at this scale", "not testable here"]
 
 
 class Interval(NamedTuple):
@@ -26,12 +26,7 @@ class Interval(NamedTuple):
 
 def over_seeds(values: Sequence[float]) -> Interval:
     """Return mean and 95 % interval of one figure per seed; of a single seed the interval is unbounded."""
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count == 1:
-        return Interval(mean, -math.inf, math.inf)
-    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (count - 1) / count)
-    half = _T95[min(count - 2, len(_T95) - 1)] * spread
+    mean, half = statistics.fmean(values), half_width(values)
     return Interval(mean, mean - half, mean + half)
 
 

@@ -31,15 +31,15 @@ def predict_s(times: OpTimesLike, spec: ModelSpec, step: StepMeasurement, dtype:
     return sum(times.seconds(item) for item in ops)
 
 
-def compare(times: OpTimesLike, spec: ModelSpec, steps: Sequence[StepMeasurement], dtype: str = "fp32") -> list[Row]:
+def compare(times: OpTimes, spec: ModelSpec, steps: Sequence[StepMeasurement], dtype: str = "fp32") -> list[Row]:
     """Return one row per step: predicted beside measured, with the drift of the machine between blocks."""
     rows = []
     for step in steps:
         size = f"{step.sequences} x {step.context - 1 if step.phase == 'decode' else step.context} tokens"
         rows.append(
             Row(
-                f"{step.phase} {size}", "ms", predict_s(times, spec, step, dtype) * 1e3, step.median_s * 1e3,
-                note=f"blocks differ by {step.spread:.0%}",
+                f"{step.phase} {size}", "ms", predict_s(times, spec, step, dtype) * 1e3,
+                step.seconds(times.statistic) * 1e3, note=f"blocks differ by {step.drift:.0%}",
             )
         )  # fmt: skip
     return rows
@@ -47,7 +47,7 @@ def compare(times: OpTimesLike, spec: ModelSpec, steps: Sequence[StepMeasurement
 
 def summary_rows(rows: Sequence[Row], steps: Sequence[StepMeasurement]) -> list[Row]:
     """Return the median and the worst error with their limits."""
-    drift = sorted(step.spread for step in steps)[len(steps) // 2]
+    drift = sorted(step.drift for step in steps)[len(steps) // 2]
     limit = max(MEDIAN_LIMIT, 1.5 * drift)
     middle, most = median(rows), worst(rows)
     return [
