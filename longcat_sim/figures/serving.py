@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-MAX_POINTS = 4000
+MAX_POINTS = 800
+"""Requests shown: every dot is an element of the page, and thousands slow whatever else moves on it."""
 
 
 def latency_figure(run: Any) -> Any:
@@ -36,7 +37,8 @@ def latency_figure(run: Any) -> Any:
                            name=f"{name}, median", row=row, col=1)  # fmt: skip
         figure.update_yaxes(title_text=name, row=row, col=1, rangemode="tozero")
     figure.update_xaxes(title_text="arrival (min)", row=2, col=1)
-    figure.update_layout(template="plotly_white", height=460, title="Latency over the run", showlegend=False)
+    title = "Latency over the run" + (f" ({len(keep)} of {len(at):,} requests)" if len(keep) < len(at) else "")
+    figure.update_layout(template="plotly_white", height=460, title=title, showlegend=False)
     return figure
 
 

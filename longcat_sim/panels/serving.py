@@ -16,13 +16,6 @@ SERIES = (("ttft_s", "TTFT mean, s"), ("ttft_p99_s", "TTFT p99, s"), ("tpot_s", 
           ("tpot_p99_s", "TPOT p99, s"))  # fmt: skip
 
 
-STAR = (
-    "data:image/svg+xml;utf8,<svg xmlns='http://www.w3.org/2000/svg' viewBox='-1 -1 2 2'><path fill='%23d1495b' "
-    "d='M0-1 .22-.31 .95-.31 .36 .12 .59 .81 0 .38-.59 .81-.36 .12-.95-.31-.22-.31Z'/></svg>"
-)
-"""The point of now. An image of the layout: to move one, a browser redraws the image; to move a marker, all of it."""
-
-
 class ServingPanel(Panel):
     """Simulated latency against load; the slider reads between the simulated rates.
 
@@ -63,9 +56,10 @@ class ServingPanel(Panel):
                     name=dict(SERIES)[name].split(",")[0], line={"dash": dash, "color": "#2a6f97"},
                 )  # fmt: skip
         for column in (1, 2):
-            figure.add_layout_image(
-                source=STAR, x=0, y=0, sizex=1, sizey=1, xanchor="center", yanchor="middle", row=1, col=column
-            )
+            figure.add_scatter(
+                x=[], y=[], mode="markers", marker={"size": 14, "symbol": "star", "color": "#d1495b"}, name="now",
+                row=1, col=column, showlegend=column == 1,
+            )  # fmt: skip
         for column, (name, scale) in enumerate((("ttft", 1.0), ("tpot", 1e3)), 1):
             limit = self.limits[name]
             if limit is not None:
@@ -80,16 +74,14 @@ class ServingPanel(Panel):
         count = max(1, round(self.values["replicas"]))
         rate = self.values["requests_per_s"]
         each = rate / count
-        for trace, (name, _) in zip(self.figure.data, SERIES, strict=True):
-            put(trace, x=self.rates * count, y=self.simulated[name] * _scale(name))
+        for trace, (name, _) in zip(self.figure.data[:4], SERIES, strict=True):
+            scale = 1e3 if name.startswith("tpot") else 1.0
+            put(trace, x=self.rates * count, y=self.simulated[name] * scale)
         at = {name: float(np.interp(each, self.rates, values)) for name, values in self.simulated.items()}
         beyond = each > self.rates[-1]
-        for star, name in zip(self.figure.layout.images, ("ttft_s", "tpot_s"), strict=True):
-            if star.sizex != 0.1 * self.rates[-1] * count:
-                top = float(np.nanmax(self.simulated[name.replace("_s", "_p99_s")])) * _scale(name)
-                star.sizex, star.sizey = 0.1 * self.rates[-1] * count, 0.08 * top
-            star.visible = not beyond
-            star.x, star.y = rate, at[name] * _scale(name)
+        marks = ((self.figure.data[4], at["ttft_s"]), (self.figure.data[5], at["tpot_s"] * 1e3))
+        for trace, value in marks:
+            put(trace, x=[] if beyond else [rate], y=[] if beyond else [value])
         usd = self.usd_per_hour * count / 3600 / (rate * self.output_tokens) * 1e6
         if beyond:
             self.text = f"{each:.3g} requests/s per replica is beyond what was simulated ({self.rates[-1]:.3g})"
@@ -98,8 +90,3 @@ class ServingPanel(Panel):
                 f"TTFT {at['ttft_s']:.3g} s, TPOT {at['tpot_s'] * 1e3:.3g} ms, {at['attained']:.0%} within the level, "
                 f"{usd:.3g} USD per million output tokens"
             )
-
-
-def _scale(name: str) -> float:
-    """Return the factor from seconds to what the axis shows."""
-    return 1e3 if name.startswith("tpot") else 1.0
