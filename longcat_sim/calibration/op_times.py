@@ -19,7 +19,7 @@ from longcat_sim.calibration.splits import judge
 from longcat_sim.calibration.transfer import SHEET_ERROR, transfer_spread
 from longcat_sim.errors import MeasurementError, SpecError, UnmeasuredOpError
 from longcat_sim.ops.op import KINDS, FloatArray, Op, OpArrays, OpTimesLike, ResourceShares, Tag, worst_tag
-from longcat_sim.records.measurement import Measurement, Statistic
+from longcat_sim.records.measurement import Measurement
 from longcat_sim.specs.hardware import HardwareSpec
 
 MIN_POINTS = 5
@@ -78,14 +78,14 @@ class OpTimes:
         max_cells: int = 24000,
         held_out: bool = True,
         min_points: int = MIN_POINTS,
-        statistic: Statistic = "median",
     ) -> OpTimes:
         """Return op times fitted to measurements of ops alone; collectives and overlapped points are left to others.
 
         With ``held_out`` the error on three splits is found too (``errors_``), and from it the intervals. A law with
         fewer than ``MIN_POINTS`` distinct sizes (allowed by a lower ``min_points``) learns an efficiency and no more.
-        ``statistic`` is what is predicted: the median time, or the 10th percentile (a machine without its neighbours).
-        ``provenance`` says which, and how far the blocks of a point lay apart, by kind.
+        What is predicted is the median time: on a machine with neighbours the 10th percentile is the luck of a moment,
+        and a step of many ops is not the sum of their luck. ``provenance`` says how far the blocks of a point lay
+        apart, by kind.
 
         Raises:
             MeasurementError: a kind has too few points (says how many it has and needs), or nothing can be fitted.
@@ -108,7 +108,7 @@ class OpTimes:
         laws = {}
         for number, (key, rows) in enumerate(sorted(grouped.items())):
             rng = np.random.default_rng([seed, number])
-            coordinates, seconds = points_of(key[0], rows, statistic)
+            coordinates, seconds = points_of(key[0], rows)
             device = device_of(hardware, key[1])
             law = FittedLaw.fit(key, coordinates, seconds, device, max_cells=max_cells, rng=rng)
             law.provenance = tuple(sorted({row.source for row in rows if row.source}))
@@ -121,8 +121,7 @@ class OpTimes:
             " ".join(filter(None, key)): float(f"{np.median([row.drift for row in rows]):.3g}")
             for key, rows in sorted(grouped.items()) if any(row.block_s for row in rows)
         }  # fmt: skip
-        provenance = {"statistic": statistic} | ({"drift": drift} if drift else {})
-        return cls(hardware, laws, seed=seed, draws=draws, provenance=provenance)
+        return cls(hardware, laws, seed=seed, draws=draws, provenance={"drift": drift} if drift else {})
 
     @classmethod
     def from_hardware(cls, hardware: HardwareSpec, *, seed: int = 0) -> OpTimes:
@@ -137,11 +136,6 @@ class OpTimes:
     def to_fit(self) -> dict[str, Any]:
         """Return the ``fit:`` section of a hardware profile."""
         return write_section(self.laws_.values(), self.collectives_, self.provenance)
-
-    @property
-    def statistic(self) -> Statistic:
-        """What of a measurement's repetitions is predicted."""
-        return "p10" if self.provenance.get("statistic") == "p10" else "median"
 
     @property
     def errors_(self) -> list[dict[str, Any]]:
@@ -318,11 +312,9 @@ def _broadcast(parts: tuple[Any, ...], length: int) -> list[FloatArray]:
     return [np.broadcast_to(np.asarray(part, dtype=float), (length,)) for part in parts]
 
 
-def points_of(
-    kind: str, rows: Sequence[Measurement], statistic: Statistic = "median"
-) -> tuple[tuple[FloatArray, ...], FloatArray]:
+def points_of(kind: str, rows: Sequence[Measurement]) -> tuple[tuple[FloatArray, ...], FloatArray]:
     """Return the coordinates and seconds of measurements of one kind."""
     names = KINDS[kind].dims
     sizes = np.array([row.op.sizes for row in rows])
     coordinates = LAWS[kind].reduce({name: sizes[:, i] for i, name in enumerate(names)})
-    return tuple(_broadcast(coordinates, len(rows))), np.array([row.seconds(statistic) for row in rows])
+    return tuple(_broadcast(coordinates, len(rows))), np.array([row.median_s for row in rows])

@@ -11,18 +11,13 @@ import numpy as np
 from longcat_sim.errors import CapacityError
 from longcat_sim.ops.op import KINDS, Op, OpArrays, OpTimesLike
 from longcat_sim.panels.base import Control, Panel
-from longcat_sim.records.measurement import Measurement, Statistic
+from longcat_sim.records.measurement import Measurement
 
 MIN_POINTS, MOST_FAMILIES, CURVE_POINTS = 3, 24, 40
 
 
 class FittedTimes(OpTimesLike, Protocol):
     """Op times that know their error."""
-
-    @property
-    def statistic(self) -> Statistic:
-        """What of a measurement's repetitions is predicted."""
-        ...
 
     def interval(self, op: Op, level: float = 0.9) -> tuple[float, float]:
         """Return the interval that holds the measured time with probability ``level``."""
@@ -100,10 +95,9 @@ class OpTimesPanel(Panel):
         sheet, fitted, points, asked = self.figure.data
         sheet.x, sheet.y = grid, self._many(self.sheet, grid)
         fitted.x, fitted.y = grid, self._many(self.op_times, grid)
-        shown = [row.seconds(self.op_times.statistic) for row in group]
-        points.x, points.y = measured, [seconds * 1e6 for seconds in shown]
-        points.error_y.array = [(row.p90_s - at) * 1e6 for row, at in zip(group, shown, strict=True)]
-        points.error_y.arrayminus = [(at - row.p10_s) * 1e6 for row, at in zip(group, shown, strict=True)]
+        points.x, points.y = measured, [row.median_s * 1e6 for row in group]
+        points.error_y.array = [(row.p90_s - row.median_s) * 1e6 for row in group]
+        points.error_y.arrayminus = [(row.median_s - row.p10_s) * 1e6 for row in group]
         one = self._op(size)
         seconds, (low, high) = self.op_times.seconds(one), self.op_times.interval(one)
         asked.x, asked.y = [size], [seconds * 1e6]

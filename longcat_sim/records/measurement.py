@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from longcat_sim.errors import MeasurementError
 from longcat_sim.ops.op import KINDS, Op, op
@@ -22,8 +22,6 @@ SCHEMA = 1
 MAX_CORRUPT_SHARE = 0.05
 UNSTABLE_SPREAD = 0.25
 """A point whose (p90 - p10) / median stays above this is marked unstable."""
-Statistic = Literal["median", "p10"]
-"""What of the repetitions a fit predicts."""
 
 
 def block_drift(block_s: Sequence[float]) -> float:
@@ -50,11 +48,6 @@ class Environment:
     date: str = ""
     source: str = ""
     """Where a table comes from; empty for our own measurements."""
-
-    @property
-    def statistic(self) -> Statistic:
-        """The 10th percentile on a CPU, whose cores others use too (they only ever add time); else the median."""
-        return "p10" if self.kind == "cpu" else "median"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +90,6 @@ class Measurement:
         if self.count < 1:
             raise ValueError(f"count: expected 1 or more; got {self.count}; measure the point again")
 
-    def seconds(self, statistic: Statistic) -> float:
-        """Return the time of the op by a statistic of its repetitions."""
-        return self.p10_s if statistic == "p10" else self.median_s
-
     @property
     def spread(self) -> float:
         """(p90 - p10) / median."""
@@ -133,10 +122,6 @@ class StepMeasurement:
     """Mean token copies that FFN experts of one layer got."""
     active: float = 0.0
     """Mean FFN experts of one layer that got any."""
-
-    def seconds(self, statistic: Statistic) -> float:
-        """Return the time of the step by a statistic of its repetitions."""
-        return self.p10_s if statistic == "p10" else self.median_s
 
     @property
     def drift(self) -> float:

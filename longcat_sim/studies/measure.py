@@ -25,7 +25,7 @@ def calibrate(measurements: Path, name: str, out: Path | None = None, *, draws: 
     rows = load_measurements(measurements)
     target = out or Path("hardware_profiles") / f"{name}.yaml"
     hardware = _sheet(name, target, rows.environment)
-    times = OpTimes.fit(rows, hardware, draws=draws, seed=seed, statistic=rows.environment.statistic)
+    times = OpTimes.fit(rows, hardware, draws=draws, seed=seed)
     times.provenance = {"measured_on": rows.environment.device, "date": rows.environment.date, **times.provenance}
     write_fit(target, times.to_fit())
     return times

@@ -85,9 +85,7 @@ def ops_figure(op_times: OpTimes, rows: Iterable[Measurement]) -> Any:
     for row in rows:
         if row.alongside is None and row.op.kind != "host":
             predicted = op_times.seconds(row.op)
-            points.setdefault(row.op.kind, []).append(
-                (row.seconds(op_times.statistic) * 1e6, predicted * 1e6, str(row.op))
-            )
+            points.setdefault(row.op.kind, []).append((row.median_s * 1e6, predicted * 1e6, str(row.op)))
     return prediction_figure(points, title="Fitted op times against measurements", unit="µs")
 
 

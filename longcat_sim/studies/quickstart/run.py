@@ -102,7 +102,7 @@ def quickstart(out: Path, *, device: str = "auto", progress: Progress | None = N
     save_measurements(out / "measurements.jsonl", measured.environment, measured.rows)
     tell(1, "fitting")
     hardware = load_hardware(out / f"{name}.yaml")
-    times = OpTimes.fit(measured.rows, hardware, statistic=measured.environment.statistic)
+    times = OpTimes.fit(measured.rows, hardware)
     write_fit(out / f"{name}.yaml", times.to_fit())
     _install(out / f"{name}.yaml", name)
     sections = [held_out_ops(times)]

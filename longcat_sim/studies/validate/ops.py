@@ -36,7 +36,7 @@ def run() -> Section:
                 coverage, count = figures["coverage"], int(figures["count"])
                 note = f"median {figures['median']:.1%}, {count} points, 90 % interval holds {coverage:.0%}"
                 if drift is not None:
-                    note += f"; {times.statistic}, blocks differ by {drift:.0%}"
+                    note += f"; blocks differ by {drift:.0%}"
                 section.rows.append(
                     Row(
                         f"{name} {' '.join(filter(None, law.key))} {split}",

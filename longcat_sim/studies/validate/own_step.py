@@ -31,7 +31,7 @@ def predict_s(times: OpTimesLike, spec: ModelSpec, step: StepMeasurement, dtype:
     return sum(times.seconds(item) for item in ops)
 
 
-def compare(times: OpTimes, spec: ModelSpec, steps: Sequence[StepMeasurement], dtype: str = "fp32") -> list[Row]:
+def compare(times: OpTimesLike, spec: ModelSpec, steps: Sequence[StepMeasurement], dtype: str = "fp32") -> list[Row]:
     """Return one row per step: predicted beside measured, with the drift of the machine between blocks."""
     rows = []
     for step in steps:
@@ -39,7 +39,7 @@ def compare(times: OpTimes, spec: ModelSpec, steps: Sequence[StepMeasurement], d
         rows.append(
             Row(
                 f"{step.phase} {size}", "ms", predict_s(times, spec, step, dtype) * 1e3,
-                step.seconds(times.statistic) * 1e3, note=f"blocks differ by {step.drift:.0%}",
+                step.median_s * 1e3, note=f"blocks differ by {step.drift:.0%}",
             )
         )  # fmt: skip
     return rows
