@@ -6,7 +6,7 @@ measured sizes, kriged onto a grid; the time on the grid is then made to rise wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -225,22 +225,22 @@ class FittedLaw:
         axes = [refine(axis) for axis in self.axes_]
         cells = tuple(part.ravel() for part in np.meshgrid(*axes, indexing="ij"))
         shape = tuple(len(axis) for axis in axes)
-        correction = self._correction_at(cells)
         law = law_seconds(self.weights_, cells, self.kind, dtype or self.dtype, device)
-        return TimeTable(axes, (law * np.exp(correction)).reshape(shape))
+        return TimeTable(axes, law.reshape(shape) * np.exp(self._correction_on(axes)))
 
-    def _correction_at(self, cells: tuple[FloatArray, ...]) -> FloatArray:
-        """Return the correction between and beyond the grid's knots, linear in log sizes."""
-        from scipy.interpolate import RegularGridInterpolator
-
-        varied = [i for i, axis in enumerate(self.axes_) if len(axis) > 1]
-        if not varied:
-            return np.full(len(cells[0]), self.correction_.ravel()[0])
-        axes = [np.log2(np.maximum(self.axes_[i], 0.25)) for i in varied]
-        squeezed = self.correction_.reshape([len(self.axes_[i]) for i in varied])
-        at = [np.log2(np.maximum(cells[i], 0.25)) for i in varied]
-        points = [np.clip(size, axis[0], axis[-1]) for size, axis in zip(at, axes, strict=True)]
-        return RegularGridInterpolator(axes, squeezed)(np.stack(points, axis=-1))
+    def _correction_on(self, axes: Sequence[FloatArray]) -> FloatArray:
+        """Return the correction on a grid, between and beyond its knots: linear in log sizes, one axis at a time."""
+        values = self.correction_
+        for number, (knots, sizes) in enumerate(zip(self.axes_, axes, strict=True)):
+            if len(knots) == 1:
+                values = np.repeat(values, len(sizes), axis=number)
+                continue
+            known, at = np.log2(np.maximum(knots, 0.25)), np.log2(np.maximum(sizes, 0.25))
+            place = np.interp(at, known, np.arange(len(known)))
+            low = np.minimum(place.astype(int), len(known) - 2)
+            share = (place - low).reshape([-1 if axis == number else 1 for axis in range(values.ndim)])
+            values = np.take(values, low, number) * (1 - share) + np.take(values, low + 1, number) * share
+        return values
 
     @cached_property
     def _measured_tree(self) -> Any:

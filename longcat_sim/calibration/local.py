@@ -55,16 +55,18 @@ def krige(points: FloatArray, values: FloatArray, targets: FloatArray, smooth: S
     tree = cKDTree(points)
     found = np.empty(len(targets))
     distances, indices = (x.reshape(-1, near) for x in tree.query(targets, k=near, p=1, workers=-1))
+    # single precision: far finer than the steps in which a correction is kept, and twice as fast
+    known = values.astype(np.float32)
+    close_to, distances = points.astype(np.float32), distances.astype(np.float32)
     for start in range(0, len(targets), BLOCK):
-        part = targets[start : start + BLOCK]
         distance, index = distances[start : start + BLOCK], indices[start : start + BLOCK]
-        close = points[index]
-        between = np.zeros((len(part), near, near))
+        close = close_to[index]
+        between = np.zeros((len(distance), near, near), np.float32)
         for axis in range(points.shape[1]):
             between += np.abs(close[:, :, None, axis] - close[:, None, :, axis])
         likeness = np.exp(-between)
         likeness[:, np.arange(near), np.arange(near)] += smooth.nugget
-        solved = np.linalg.solve(likeness, np.stack([np.ones_like(distance), values[index]], axis=-1))
+        solved = np.linalg.solve(likeness, np.stack([np.ones_like(distance), known[index]], axis=-1))
         ones, data = solved[..., 0], solved[..., 1]
         mean = data.sum(1) / ones.sum(1)
         found[start : start + BLOCK] = mean + (np.exp(-distance) * (data - mean[:, None] * ones)).sum(1)
