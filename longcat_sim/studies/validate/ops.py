@@ -47,8 +47,9 @@ def run() -> Section:
                         note=note,
                     )
                 )
-                if split == "random":
-                    pooled.setdefault("cpu" if is_cpu else "gpu tables", []).append((coverage, count))
+                where = "between" if split == "random" else "beyond"
+                group = f"{'cpu' if is_cpu else 'gpu tables'}, {where} the measured sizes"
+                pooled.setdefault(group, []).append((coverage, count))
     for group, parts in pooled.items():
         count = sum(points for _, points in parts)
         held = sum(share * points for share, points in parts) / max(1, count)
