@@ -98,3 +98,22 @@ def test_calibrate_writes_the_collectives_of_a_device_without_op_tables(
     monkeypatch.chdir(tmp_path)  # profiles of the working folder go first
     calibrate_published(SHARED / "reference" / "kernels.yaml", "mi300x")
     assert (folder / "mi300x.yaml").read_text(encoding="utf-8").partition("\nfit:\n")[2] == old
+
+
+@pytest.mark.parametrize("splits", [("random",), ("largest", "dimension")], ids=["between", "beyond"])
+def test_intervals_of_the_packaged_fits_hold_what_they_promise(splits: tuple[str, ...]) -> None:
+    """Held-out points of all laws together: 85..95 % inside their 90 % interval, which is no wider than it must be."""
+    found = [
+        figures
+        for name in hardware_names() if "cpu" not in name
+        for law in OpTimes.from_hardware(load_hardware(name)).laws_.values() if not law.transferred_from
+        for split, figures in law.errors_.items() if split in splits
+    ]  # fmt: skip
+    count = sum(figures["count"] for figures in found)
+    assert count > 200
+
+    def pooled(figure: str) -> float:
+        return sum(figures[figure] * figures["count"] for figures in found) / count
+
+    assert 0.85 <= pooled("coverage") <= 0.95
+    assert pooled("half_width") <= 5 * pooled("mape")
