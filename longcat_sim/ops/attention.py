@@ -112,7 +112,7 @@ def _mla(model: ModelSpec, deployment: Deployment, size: StepSize) -> tuple[Ops,
     rows, sequences, heads = size.rows * tp, size.sequences * tp, model.num_attention_heads // tp
     h, latent, rope, nope = model.hidden_size, model.kv_lora_rank, model.qk_rope_head_dim, model.qk_nope_head_dim
     weights, precision = deployment.precision.weights, deployment.precision
-    core_dtype = precision.kv_cache if precision.attention == precision.kv_cache else precision.attention
+    core_dtype = precision.kv_cache if size.phase == "decode" else precision.attention
     proj: list[OpShape] = [norm("attn norm", rows, h)]
     q_width = model.q_lora_rank or heads * model.qk_head_dim
     proj += gemm("qkv_a", rows, q_width + latent + rope, h, weights)
@@ -193,7 +193,7 @@ def _gqa(model: ModelSpec, deployment: Deployment, size: StepSize) -> tuple[Ops,
     rows, sequences = size.rows * tp, size.sequences * tp
     heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp)
     weights, precision = deployment.precision.weights, deployment.precision
-    core_dtype = precision.kv_cache if precision.attention == precision.kv_cache else precision.attention
+    core_dtype = precision.kv_cache if size.phase == "decode" else precision.attention
     proj: list[OpShape] = [norm("attn norm", rows, h)]
     proj += gemm("qkv", rows, (heads + 2 * kv_heads) * dim, h, weights)
     if model.model_type.startswith("qwen3"):

@@ -17,8 +17,9 @@ class Precision(Part):
     weights: Dtype = "fp8"
     """Of expert and dense-FFN and projection products."""
     attention: Dtype = "bf16"
-    """Of the attention core."""
+    """Of a prompt's attention core."""
     kv_cache: Dtype = "bf16"
+    """Of what is stored, and so of the decode kernels that read it (published tables name them by it)."""
     dispatch: Dtype = "fp8"
     combine: Dtype = "bf16"
 

@@ -112,12 +112,6 @@ def _op_notes(op_times: OpTimesLike, scenario: Scenario, step: StepResult) -> li
         items = step.timeline.program.items
         sorts = {(i.kind, i.dtype, i.variant) for i in items if not i.is_collective and i.kind != "host"}
         notes += op_times.notes([Op(kind, (), dtype, variant) for kind, dtype, variant in sorts])
-    precision = scenario.deployment.precision
-    if precision.attention != precision.kv_cache:
-        notes.append(
-            f"precision.kv_cache {precision.kv_cache} changes memory only: the attention core is priced as one kernel "
-            f"in {precision.attention}, cache reads included"
-        )
     assumed = scenario.hardware.assumed
     if assumed:
         notes.append(f"hardware {scenario.hardware.name}: assumed, without a source: {', '.join(assumed)}")

@@ -159,3 +159,20 @@ def test_figures_and_trace_of_a_step():
     events = chrome_trace(result.spans(ranks=[0], layers=[1]))["traceEvents"]
     arrows = [event for event in events if event["ph"] in "sf"]
     assert len(arrows) == 4  # dispatch -> experts -> combine: two arrows, each with a start and an end
+
+
+@pytest.mark.parametrize("name", ["longcat-flash", "qwen3-32b"])
+def test_a_narrower_cache_is_read_by_decode_kernels_and_not_by_prefill(name):
+    def core(phase: str, cache: str) -> tuple[str, float]:
+        precision = {"weights": "bf16", "attention": "bf16", "kv_cache": cache}
+        deployment = Deployment.model_validate({"num_gpus": 1, "precision": precision})
+        size = StepSize(phase, 8, 1 if phase == "decode" else 4096, 4096)
+        blocks = step_graph(model_spec(name), deployment, size, LayerLoad(8, 8, 8))
+        shapes = [shape for block in blocks for part in block.parts for ops in part.values() for shape in ops]
+        found = next(shape.typical() for shape in shapes if shape.name == "attention core")
+        return found.dtype, found.memory_bytes
+
+    wide, narrow = core("decode", "bf16"), core("decode", "fp8")
+    assert (wide[0], narrow[0]) == ("bf16", "fp8")
+    assert narrow[1] == pytest.approx(wide[1] / 2, rel=0.05)
+    assert core("prefill", "fp8") == core("prefill", "bf16")
