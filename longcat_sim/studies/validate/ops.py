@@ -47,8 +47,10 @@ def run() -> Section:
                         note=note,
                     )
                 )
-                where = "between" if split == "random" else "beyond"
-                group = f"{'cpu' if is_cpu else 'gpu tables'}, {where} the measured sizes"
+                if split == "fitted":
+                    continue
+                where = "interpolated" if split == "random" else "extrapolated"
+                group = f"{'cpu' if is_cpu else 'gpu tables'}, {where}"
                 pooled.setdefault(group, []).append((coverage, count))
     for group, parts in pooled.items():
         count = sum(points for _, points in parts)
@@ -56,7 +58,7 @@ def run() -> Section:
         judged = COVERAGE[0] <= held <= COVERAGE[1] if count >= MIN_POINTS else None
         note = f"{count} points; expected 85-95 %"
         section.rows.append(
-            Row(f"{group}: share held by the 90 % interval", "ratio", held, error=held - 0.9, passed=judged, note=note)
+            Row(f"{group}: held by 90 % interval", "ratio", held, error=held - 0.9, passed=judged, note=note)
         )
     if not section.rows:
         section.skipped = "no packaged profile has a fit"
@@ -69,4 +71,4 @@ def _limit(kind: str, split: str, is_cpu: bool, drift: float) -> float | None:
             return None
         limit = CPU_LIMITS[LAWS[kind].compute_bound]
         return limit if LAWS[kind].compute_bound else max(limit, 1.5 * drift)
-    return GPU_LIMITS[split] if kind in GPU_KINDS else None
+    return GPU_LIMITS.get(split) if kind in GPU_KINDS else None
