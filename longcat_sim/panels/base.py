@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,10 @@ TEMPLATE = {
 """The looks of plotly_white without its entries for fifty kinds of trace: a browser reads the template at each move."""
 
 
+LOG_STEP = 0.02
+"""Step of a logarithmic slider, in decades."""
+
+
 def put(trace: Any, **values: Any) -> None:
     """Set properties of a trace. If none of them changed, nothing is sent; else all are: a browser drops the y of a
     trace that it was first given with an empty x."""
@@ -34,6 +39,14 @@ def _is_same(now: Any, value: Any) -> bool:
     if now is None:
         return value is None
     return len(now) == len(value) and bool(np.all(np.asarray(now) == np.asarray(value)))
+
+
+def log_range(value: float, low: float, high: float) -> tuple[float, float]:
+    """Return the decimal logarithms of a slider's ends, whole steps from ``value``: a slider shows its nearest step."""
+    at = math.log10(value)
+    below = math.floor((at - math.log10(low)) / LOG_STEP + 1e-9)
+    above = math.floor((math.log10(high) - at) / LOG_STEP + 1e-9)
+    return at - below * LOG_STEP, at + above * LOG_STEP
 
 
 @dataclass(frozen=True)
@@ -135,12 +148,8 @@ class Panel(ABC):
             if control.choices:
                 made: Any = w.Dropdown(options=list(control.choices), value=value, **common)
             elif control.is_log:
-                import math
-
-                made = w.FloatLogSlider(
-                    value=value, min=math.log10(control.low), max=math.log10(control.high), step=0.02,
-                    readout_format=".4g", **common,
-                )  # fmt: skip
+                low, high = log_range(value, control.low, control.high)
+                made = w.FloatLogSlider(value=value, min=low, max=high, step=LOG_STEP, readout_format=".4g", **common)
             else:
                 made = w.FloatSlider(
                     value=value, min=control.low, max=control.high, step=control.step, readout_format=".4g", **common

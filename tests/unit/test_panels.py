@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -125,6 +127,14 @@ def test_a_widget_has_a_slider_per_control(base: Scenario) -> None:
     sliders[0].value = 4.0
     assert panel.figure.data[1].y[0] == pytest.approx(2 * before)
     assert "USD per million" in box.children[2].value
+
+
+def test_a_slider_can_show_the_value_it_starts_at(base: Scenario) -> None:
+    """A logarithmic slider shows the step nearest to its value: 5,000 tokens must not read 5,096."""
+    for slider in OverlapPanel(base.what_if({"step.context_tokens": 5000}), Roofline).widget().children[0].children:
+        if hasattr(slider, "base"):
+            steps = (math.log10(slider.value) - slider.min) / slider.step
+            assert steps == pytest.approx(round(steps), abs=1e-6), slider.description
 
 
 def test_between_solved_factors_a_step_is_read_to_half_a_percent(base: Scenario) -> None:
