@@ -109,14 +109,22 @@ def _sentence(fault: Mapping[str, Any], kind: type[BaseModel]) -> str:
 
 
 def _known_keys(kind: type[BaseModel], path: tuple) -> list[str]:
-    """Return the keys that the model at ``path`` under ``kind`` knows."""
+    """Return the keys that the model at ``path`` under ``kind`` knows; of a union, the model with that tag."""
     current: Any = kind
+    union: list[type[BaseModel]] = []
     for part in path:
         field = current.model_fields.get(part) if _is_model(current) else None
-        if field is None:
-            continue
-        current = next(iter(_models_in(field.annotation)), current)
+        if field is not None:
+            union = _models_in(field.annotation)
+            current = next(iter(union), current)
+        else:
+            current = next((model for model in union if part in _tags(model)), current)
     return list(current.model_fields) if _is_model(current) else []
+
+
+def _tags(model: type[BaseModel]) -> set[Any]:
+    """Return what a model's fields of one of a few words may hold, such as ``prefill``."""
+    return {word for field in model.model_fields.values() for word in getattr(field.annotation, "__args__", ())}
 
 
 def _is_model(kind: Any) -> bool:

@@ -57,6 +57,10 @@ def test_what_if_changes_one_figure_and_nothing_else(write) -> None:
         ({"model": "longcat-flush"}, "longcat-flash"),
         ({"hardware": "h900"}, "h800-sxm"),
         ({"deployment.num_gpu": 4}, "did you mean 'num_gpus'?"),
+        (
+            {"step": {"phase": "prefill", "prompt_tokens": 9, "sequences_per_gpu": 4}},
+            "did you mean 'tokens_per_gpu'?",
+        ),
         ({"speculative.acceptance": [0.8, 0.7]}, "one rate per draft token (1)"),
         ({"model.moe_top": 3}, "did you mean 'moe_topk'?"),
         ({"step.sequences_per_gpu": -1}, "greater than 0"),

@@ -15,6 +15,7 @@ from longcat_sim.specs.scenario import Scenario, scenario
 from longcat_sim.studies.capacity import capacity
 from longcat_sim.studies.compare import compare
 from longcat_sim.studies.panels import serving_panel
+from longcat_sim.studies.simulate import simulate
 from longcat_sim.studies.what_if import evaluate, solve_for, tornado, what_to_measure, where_from
 
 
@@ -31,16 +32,38 @@ def base() -> Scenario:
 
 def test_parts_of_a_comparison_add_up(base: Scenario) -> None:
     found = compare({"today": base, "no overlap": base.what_if({"deployment.overlap": "none"})})
-    for figures, parts in zip(found.figures, found.parts, strict=True):
-        assert sum(parts.values()) == pytest.approx(figures["step_s"], rel=0.02)
-    assert found.figures[1]["step_s"] > found.figures[0]["step_s"]
-    change = sum(term.difference for term in found.terms())
-    assert change == pytest.approx(found.figures[1]["step_s"] - found.figures[0]["step_s"], rel=0.1)
+    steps = [sum(parts.values()) for parts in found.parts]
+    for figures, step_s in zip(found.figures, steps, strict=True):
+        assert figures["step_s"].p5 < step_s < figures["step_s"].p95
+    assert sum(term.difference for term in found.terms()) == pytest.approx(steps[1] - steps[0])
     assert "no overlap" in str(found)
     assert len(found.figure().data) == len(found.parts[0])
     assert len(terms_figure(found.terms(), found.names).data) == len(found.terms())
+
+
+def test_a_comparison_centres_where_simulate_does_and_pairs_its_draws(base: Scenario) -> None:
+    """What is uncertain in both alike cancels in the ratio: half the price is half in every draw."""
+    half, none = {"price": {"usd_per_gpu_hour": 1.0}}, {"deployment.overlap": "none"}
+    found = compare({"today": base, "half price": base.what_if(half), "no overlap": base.what_if(none)})
+    price = "usd_per_million_output_tokens"
+    assert found.figures[0] == {key: simulate(base)[key] for key in found.figures[0]}
+    ratio = found.ratios[1][price]
+    assert (ratio.p5, ratio.p95) == pytest.approx((0.5, 0.5))
+    slower, today = found.ratios[2]["step_s"], found.figures[0]["step_s"]
+    assert slower.p5 > 1
+    assert slower.p95 - slower.p5 < today.p95 / today.median - today.p5 / today.median
+    document = found.to_json()["no overlap"]
+    assert document["ratio_to_base"]["step_s"]["median"] == slower.median
+    assert "-50.0%" in str(found)
+
+
+def test_a_comparison_needs_steps_of_one_phase(base: Scenario) -> None:
     with pytest.raises(CapacityError, match="at least two"):
         compare({"today": base})
+    prompts = base.what_if({"step": {"phase": "prefill", "prompt_tokens": 1024, "tokens_per_gpu": 4096}})
+    with pytest.raises(CapacityError, match=r"prompts: step\.phase: expected decode"):
+        compare({"today": base, "prompts": prompts})
+    assert "input rate" in str(compare({"today": prompts, "again": prompts}))
 
 
 def test_a_tornado_of_the_step(base: Scenario) -> None:
