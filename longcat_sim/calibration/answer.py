@@ -28,3 +28,5 @@ class Answer:
     """Dims of the asked op -> coordinates of the law."""
     spread: float
     """Standard deviation (log) added because the law was carried to other hardware, precision or variant."""
+    origin: str = ""
+    """The other device on which it was measured, if it was not on this one."""

@@ -13,10 +13,11 @@ from longcat_sim.calibration.answer import Answer, Key
 from longcat_sim.calibration.draws import Draw
 from longcat_sim.calibration.fit_file import read_fit, write_section
 from longcat_sim.calibration.fitted import LEVELS, FittedLaw, law_parts
-from longcat_sim.calibration.laws import LAWS, Device
+from longcat_sim.calibration.laws import LAWS
+from longcat_sim.calibration.lenders import Lent, nearest
 from longcat_sim.calibration.roofline import Roofline
 from longcat_sim.calibration.splits import judge
-from longcat_sim.calibration.transfer import SHEET_ERROR, transfer_spread
+from longcat_sim.calibration.transfer import SHEET_ERROR, device_of, transfer_spread
 from longcat_sim.errors import MeasurementError, SpecError, UnmeasuredOpError
 from longcat_sim.ops.op import KINDS, FloatArray, Op, OpArrays, OpTimesLike, ResourceShares, Tag, worst_tag
 from longcat_sim.records.measurement import Measurement
@@ -24,28 +25,12 @@ from longcat_sim.specs.hardware import HardwareSpec
 
 MIN_POINTS = 5
 """Fewest points of one kind, dtype and variant that a law can be fitted to."""
-CPU_CACHE_BYTES = 1e6
-"""Cache of a device whose profile names none (assumed: one core's L2)."""
 PASSES: dict[str, Callable[[Mapping[str, Any]], tuple[Any, ...]]] = {
     "norm": lambda d: (d["rows"], d["width"], 1.0),
     "permute": lambda d: (d["rows"], d["width"], 1.0),
     "embedding": lambda d: (d["tokens"], d["width"], 1.0),
 }
 """Kinds that, where nobody measured them, take the time of an elementwise pass over as many bytes."""
-
-
-def device_of(hardware: HardwareSpec, dtype: str) -> Device:
-    """Return the figures of a data sheet that laws of ``dtype`` need.
-
-    Raises:
-        SpecError: the data sheet has no peak for ``dtype``.
-    """
-    return Device(
-        hardware.peak_flop_per_s(dtype),
-        hardware.memory_bandwidth,
-        float(hardware.sm_count or 1),
-        hardware.l2 or CPU_CACHE_BYTES,
-    )
 
 
 @dataclass(eq=False)
@@ -59,6 +44,8 @@ class OpTimes:
     seed: int = 0
     draws: int = 64
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    borrows: bool = False
+    """Whether a kind that was not measured here takes the law of the nearest device that has one."""
 
     def __post_init__(self) -> None:
         self._sheet = Roofline(self.hardware)
@@ -125,13 +112,16 @@ class OpTimes:
 
     @classmethod
     def from_hardware(cls, hardware: HardwareSpec, *, seed: int = 0) -> OpTimes:
-        """Return the op times that a profile's ``fit:`` section holds; what it lacks comes from the data sheet.
+        """Return the op times that a profile's ``fit:`` section holds.
+
+        A kind that it lacks takes the law of the nearest profile that has one, scaled by both data sheets; where none
+        is near, the data sheet's roofline.
 
         Raises:
             MeasurementError: the section was written by another version.
         """
         laws, collectives, provenance, draws = read_fit(hardware)
-        return cls(hardware, laws, collectives, seed=seed, draws=draws, provenance=provenance)
+        return cls(hardware, laws, collectives, seed=seed, draws=draws, provenance=provenance, borrows=True)
 
     def to_fit(self) -> dict[str, Any]:
         """Return the ``fit:`` section of a hardware profile."""
@@ -231,23 +221,25 @@ class OpTimes:
 
     def notes(self, ops: Sequence[Op] = ()) -> list[str]:
         """Return what a reader must know: which kinds come from the data sheet or were carried over, and how far."""
-        lines = []
+        names: dict[str, list[str]] = defaultdict(list)
         for kind, dtype, variant in sorted({(o.kind, o.dtype, o.variant) for o in ops if not o.is_collective}):
             answer = self.answer((kind, dtype, variant))
             name = " ".join(filter(None, (kind, dtype, variant)))
             if answer is None:
-                lines.append(
-                    f"{name}: from the data sheet of {self.hardware.name}, not measured; kernels of an H100 take 1.65 "
+                says = (
+                    f"from the data sheet of {self.hardware.name}, not measured; kernels of an H100 take 1.65 "
                     f"times their data-sheet time (measured median), spread {SHEET_ERROR:.0%}"
                 )
             elif answer.spread > 0:
                 law = " ".join(filter(None, answer.law.key))
-                origin = f" of {answer.law.transferred_from}" if answer.law.transferred_from else ""
-                lines.append(
-                    f"{name}: carried over from {law}{origin}; interval widened by {answer.spread:.0%} "
-                    "(measured transfer error)"
-                )
-        return lines
+                origin = f" of {answer.origin}" if answer.origin else ""
+                source = "laws" if answer.origin and law == name else law
+                widened = f"interval widened by {answer.spread:.0%} (measured transfer error)"
+                says = f"carried over from {source}{origin}; {widened}"
+            else:
+                continue
+            names[says].append(name)
+        return [f"{', '.join(same)}: {says}" for says, same in names.items()]
 
     def _links(self) -> Any:
         return self.collectives_ if self.collectives_ is not None else self._sheet
@@ -259,14 +251,30 @@ class OpTimes:
         return self._answers[key]
 
     def _find(self, key: Key) -> Answer | None:
+        """Return this device's law of the kind; else of the pass that it is; else those of the nearest device.
+
+        Where its own law is of other kernels (variant), that of the same cores for the kernels asked for goes before.
+        """
         kind, dtype, variant = key
-        found = [law for law in self.laws_.values() if law.kind == kind]
-        reduce = LAWS[kind].reduce
-        if not found and kind in PASSES:
-            found, reduce = [law for law in self.laws_.values() if law.kind == "elementwise"], PASSES[kind]
-        if not found:
-            return None
-        law = min(found, key=lambda law: (law.variant != variant, law.variant != "", law.dtype != dtype, -law.count_))
+        sorts = [(kind, LAWS[kind].reduce), *([("elementwise", PASSES[kind])] if kind in PASSES else [])]
+        for sort, reduce in sorts:
+            own = [law for law in self.laws_.values() if law.kind == sort]
+            if not own:
+                continue
+            law = min(own, key=lambda law: (law.variant != variant, law.variant != "", law.dtype != dtype, -law.count_))
+            if self.borrows and law.variant not in ("", variant):
+                lent = nearest(key, self.hardware)
+                if lent is not None and lent.law.key == key and lent.lender.architecture == self.hardware.architecture:
+                    return self._answer(key, lent.law, reduce, lent)
+            return self._answer(key, law, reduce)
+        for sort, reduce in sorts if self.borrows else []:
+            lent = nearest((sort, dtype, variant), self.hardware)
+            if lent is not None:
+                return self._answer(key, lent.law, reduce, lent)
+        return None
+
+    def _answer(self, key: Key, law: FittedLaw, reduce: Any, lent: Lent | None = None) -> Answer:
+        kind, dtype, variant = key
         try:
             same = device_of(self.hardware, law.dtype)
         except SpecError as error:
@@ -277,10 +285,15 @@ class OpTimes:
             device = device_of(self.hardware, dtype)
         except SpecError:  # the device has no such type: it computes in the one that was measured
             device, dtype = same, law.dtype
-        spread = transfer_spread(law, same, dtype, variant)
+        origin, other_cores, other_maker = law.transferred_from, False, False
+        if lent is not None:
+            origin, device = lent.lender.name, lent.scaled_to(self.hardware, device)
+            other_cores = lent.lender.architecture != self.hardware.architecture
+            other_maker = lent.lender.maker != self.hardware.maker
+        spread = transfer_spread(law, same, dtype, variant, other_cores=other_cores, other_maker=other_maker)
         carried = law.kind != kind or law.dtype != dtype or law.variant not in ("", variant)
-        best: Tag = "extrapolated" if carried or spread > 0 else "interpolated" if law.transferred_from else "measured"
-        return Answer(law, law.table(device, dtype), device, dtype, best, reduce, spread)
+        best: Tag = "extrapolated" if carried or spread > 0 else "interpolated" if origin else "measured"
+        return Answer(law, law.table(device, dtype), device, dtype, best, reduce, spread, origin)
 
     def _sheet_seconds(self, op: Op) -> float:
         try:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from longcat_sim.calibration.answer import Key
-from longcat_sim.calibration.artefacts import without_accidents
+from longcat_sim.calibration.artefacts import without_accidents, without_warm
 from longcat_sim.calibration.collectives import CollectiveTimes
 from longcat_sim.calibration.importers import published
 from longcat_sim.calibration.importers.aiconfigurator import SYSTEMS, import_aiconfigurator
@@ -57,7 +57,7 @@ def has_op_tables(name: str) -> bool:
 
 
 def published_measurements(
-    hardware: str, kernels: str | Path | None, tables: str | Path | None
+    device: HardwareSpec, kernels: str | Path | None, tables: str | Path | None
 ) -> tuple[list[Measurement], dict[Key, str], dict[str, int]]:
     """Return the published measurements for a profile, the laws that rest on another device only, and what was dropped.
 
@@ -66,6 +66,7 @@ def published_measurements(
     Raises:
         MeasurementError: nothing is published for ``hardware``, or a source cannot be read.
     """
+    hardware = device.name
     left_out: Counter[str] = Counter()
     own: list[Measurement] = []
     if hardware in READERS and kernels is not None:
@@ -84,8 +85,10 @@ def published_measurements(
     theirs = {(row.op.kind, row.op.dtype, row.op.variant) for row in borrowed}
     rows: list[Measurement] = []
     for origin in (own, borrowed):  # rows of two devices do not judge each other
-        kept, dropped = without_accidents(origin)
+        cold, warm = without_warm(origin, device.memory_bandwidth)
+        kept, dropped = without_accidents(cold)
         rows += kept
+        left_out.update({f"{name}: faster than the memory": count for name, count in warm.items()})
         left_out.update({f"{name}: slower than a larger size": count for name, count in dropped.items()})
     return rows, {key: twin for key in theirs - mine if twin}, dict(sorted(left_out.items()))
 
@@ -104,7 +107,7 @@ def fit_published(
     Raises:
         MeasurementError: as ``published_measurements``.
     """
-    rows, transferred, left_out = published_measurements(hardware.name, kernels, tables)
+    rows, transferred, left_out = published_measurements(hardware, kernels, tables)
     times = OpTimes.fit(rows, hardware, draws, seed, max_cells=max_cells, min_points=1)
     for key, origin in transferred.items():
         times.laws_[key].transferred_from = origin

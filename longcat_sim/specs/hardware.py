@@ -44,6 +44,8 @@ class HardwareSpec(Part):
 
     name: str
     device: str
+    architecture: str = ""
+    """Generation of its cores, such as Hopper: devices of one run the same kernels."""
     peak: dict[str, FlopPerSecond] = Field(min_length=1)
     """Dense peak by dtype."""
     memory: Bytes
@@ -83,7 +85,7 @@ class HardwareSpec(Part):
         """Return the dotted names of all figures of the data sheet."""
         names: list[str] = []
         for key, value in self:
-            if key in ("name", "device", "sources", "notes", "fit") or value is None:
+            if key in ("name", "device", "architecture", "sources", "notes", "fit") or value is None:
                 continue
             if isinstance(value, Part):
                 names += [f"{key}.{inner}" for inner, got in value if got is not None]
@@ -92,6 +94,11 @@ class HardwareSpec(Part):
             else:
                 names.append(key)
         return names
+
+    @property
+    def maker(self) -> str:
+        """First word of the device's name, such as NVIDIA."""
+        return self.device.split()[0] if self.device.strip() else ""
 
     @property
     def assumed(self) -> tuple[str, ...]:

@@ -25,7 +25,9 @@ SYSTEMS = {
     "b200-sxm": "b200_sxm",
     "b300-sxm": "b300_sxm",
     "gb200-nvl72": "gb200",
+    "gb300-nvl72": "gb300",
     "rtx-pro-6000": "rtx_pro_6000_server",
+    "l40s": "l40s",
 }
 """Profile name -> folder of the package."""
 DTYPES = {"bfloat16": "bf16", "fp8_block": "fp8", "fp8": "fp8", "nvfp4": "nvfp4"}

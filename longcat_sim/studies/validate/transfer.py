@@ -8,17 +8,20 @@ sizes that were measured there. Data sheets are used; no figure of the target's 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from longcat_sim.calibration import OpTimes
+from longcat_sim.calibration.answer import Key
 from longcat_sim.calibration.fitted import FittedLaw
-from longcat_sim.calibration.op_times import device_of
+from longcat_sim.calibration.lenders import distance, nearest
+from longcat_sim.calibration.transfer import device_of
+from longcat_sim.capacity.samples import kinds_of
 from longcat_sim.errors import SpecError
 from longcat_sim.ops.op import FloatArray
-from longcat_sim.specs.hardware import HardwareSpec, load_hardware
+from longcat_sim.specs.hardware import hardware_names, load_hardware
+from longcat_sim.specs.scenario import scenario
 from longcat_sim.studies.validate.section import Row, Section
 
 CASES: tuple[tuple[tuple[str, str], str], ...] = (
@@ -27,10 +30,12 @@ CASES: tuple[tuple[tuple[str, str], str], ...] = (
 )
 LIMIT = 0.12
 """Median |error| over all op kinds of a case."""
+STEP = "longcat-flash-h800-decode"
+"""Scenario of which the op time is compared on every device."""
 POINTS = 400
 """Sizes compared per law."""
-NEAR = 0.1
-"""Octaves added to a source's distance, so that an equal device does not count for ever."""
+NEAR = 0.05
+"""Added to a source's expected error, so that an equal device does not count for ever. Assumed."""
 
 
 def run() -> Section:
@@ -40,16 +45,66 @@ def run() -> Section:
         name = f"{' + '.join(sources)} -> {target}"
         rows = transfer_errors(sources, target)
         for label, errors in rows.items():
-            signed = float(np.median(errors))
-            median = float(np.median(np.abs(errors)))
-            note = f"{len(errors)} sizes, signed {signed:+.1%}"
-            section.rows.append(Row(f"{name}: {label}", "ratio", median, error=median, note=note))
+            section.rows.append(_row(f"{name}: {label}", [errors], None))
         if rows:
-            median = float(np.median([np.median(np.abs(errors)) for errors in rows.values()]))
-            section.rows.append(Row(f"{name}: all kinds", "ratio", median, error=median, limit=LIMIT))
+            section.rows.append(_row(f"{name}: all kinds", list(rows.values()), LIMIT))
         else:
             section.notes.append(f"{name}: no kind is fitted on all three")
+    for target in measured_devices():
+        section.rows.append(_row(f"nearest device -> {target}: all kinds", list(lent_errors(target).values()), None))
+        for name, ratio in zip(("nearest device", "data sheet alone"), step_ratios(target), strict=True):
+            section.rows.append(Row(f"decode step on {target}, {name} over own fit", "ratio", ratio, error=ratio - 1))
     return section
+
+
+def _row(name: str, errors: list[FloatArray], limit: float | None) -> Row:
+    """Return the median over kinds of the median |error|; the note has the sign."""
+    median = float(np.median([np.median(np.abs(each)) for each in errors]))
+    signed = float(np.median([np.median(each) for each in errors]))
+    sizes = f"{len(errors[0])} sizes" if len(errors) == 1 else f"{len(errors)} kinds"
+    return Row(name, "ratio", median, error=median, limit=limit, note=f"{sizes}, signed {signed:+.1%}")
+
+
+def measured_devices() -> list[str]:
+    """Return the profiles with at least five laws of their own."""
+    found = []
+    for name in hardware_names():
+        hardware = load_hardware(name)
+        laws = (hardware.fit or {}).get("laws", [])
+        if hardware.architecture and sum("transferred_from" not in law for law in laws) >= 5:
+            found.append(name)
+    return found
+
+
+def lent_errors(target: str) -> dict[str, FloatArray]:
+    """Return predicted / measured - 1 at measured sizes, per kind, as if the kind had not been measured on ``target``.
+
+    Its law is then that of the nearest other device.
+    """
+    hardware = load_hardware(target)
+    found = {}
+    for key, law, points, truth in _measured(OpTimes.from_hardware(hardware)):
+        lent = nearest(key, hardware)
+        if lent is not None and lent.law.dtype == law.dtype:
+            device = lent.scaled_to(hardware, device_of(hardware, law.dtype))
+            found[" ".join(filter(None, key))] = lent.law.table(device).many(points) / truth - 1
+    return found
+
+
+def step_ratios(target: str) -> tuple[float, float]:
+    """Return the op time of a LongCat-Flash decode step on ``target`` by lent laws and by its data sheet alone, over
+    that by its own fit; kinds that its own fit has."""
+    hardware = load_hardware(target)
+    case = scenario(STEP, {"hardware": target})
+    own = kinds_of(case, OpTimes.from_hardware(hardware))
+    known = {kind for kind, (tag, seconds) in own.items() if tag != "datasheet" and seconds > 0}
+    known &= {key[0] for key in OpTimes.from_hardware(hardware).laws_}
+    total = sum(own[kind][1] for kind in known)
+    ratios = []
+    for borrows in (True, False):
+        found = kinds_of(case, OpTimes(hardware, {}, borrows=borrows))
+        ratios.append(sum(found[kind][1] for kind in known) / total)
+    return ratios[0], ratios[1]
 
 
 def transfer_errors(sources: Sequence[str], target: str) -> dict[str, FloatArray]:
@@ -58,19 +113,15 @@ def transfer_errors(sources: Sequence[str], target: str) -> dict[str, FloatArray
     own = OpTimes.from_hardware(hardware)
     others = [OpTimes.from_hardware(load_hardware(name)) for name in sources]
     found = {}
-    for key, law in own.laws_.items():
-        givers = [times.laws_[key] for times in others if key in times.laws_]
-        if law.transferred_from or not givers:
-            continue
-        points = measured_points(law)
-        truth = law.table(law.reference).many(points)
+    for key, _, points, truth in _measured(own):
+        givers = [(times.laws_[key], times.hardware) for times in others if key in times.laws_]
         total, weights = np.zeros(len(truth)), 0.0
-        for giver in givers:
+        for giver, lender in givers:
             try:
                 carried = giver.table(device_of(hardware, giver.dtype)).many(points)
             except SpecError:
                 continue
-            weight = 1.0 / (NEAR + distance(giver, hardware)) ** 2
+            weight = 1.0 / (NEAR + distance(hardware, giver, lender)) ** 2
             total += weight * np.log(carried)
             weights += weight
         if weights:
@@ -78,10 +129,12 @@ def transfer_errors(sources: Sequence[str], target: str) -> dict[str, FloatArray
     return found
 
 
-def distance(law: FittedLaw, hardware: HardwareSpec) -> float:
-    """Return how far a device is from a law's own, in octaves of peak and bandwidth."""
-    device = device_of(hardware, law.dtype)
-    return abs(math.log2(device.peak / law.reference.peak)) + abs(math.log2(device.bandwidth / law.reference.bandwidth))
+def _measured(times: OpTimes) -> Iterator[tuple[Key, FittedLaw, list[FloatArray], FloatArray]]:
+    """Yield each law of a device's own measurements, with sizes that were measured and their times."""
+    for key, law in times.laws_.items():
+        if not law.transferred_from:
+            points = measured_points(law)
+            yield key, law, points, law.table(law.reference).many(points)
 
 
 def measured_points(law: FittedLaw) -> list[FloatArray]:

@@ -1,0 +1,107 @@
+"""Kinds that nobody measured on a device: who lends a law, and how far off it is on devices whose times are known."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longcat_sim.calibration import OpTimes
+from longcat_sim.calibration.artefacts import without_warm
+from longcat_sim.calibration.lenders import nearest
+from longcat_sim.ops.op import op
+from longcat_sim.records.measurement import Measurement
+from longcat_sim.specs.hardware import load_hardware
+from longcat_sim.studies.validate.transfer import lent_errors, step_ratios
+
+LINEAR = {"qkv_proj": (6144, 4096), "o_proj": (4096, 4096), "gate_up_proj": (28672, 4096), "down_proj": (4096, 14336)}
+"""Layer of Llama-3.1-8B -> (outputs, inputs)."""
+
+
+def test_the_same_cores_lend_before_others() -> None:
+    h20 = load_hardware("h20")
+    lent = nearest(("gemm", "fp8", ""), h20)
+    assert lent is not None
+    assert lent.lender.architecture == "Hopper"
+    times = OpTimes.from_hardware(h20)
+    product = op("gemm", dtype="fp8", m=256, n=6144, k=6144)
+    assert times.tag(product) == "extrapolated"
+    low, high = times.interval(product)
+    assert high / low > 1.5
+    assert f"of {lent.lender.name}" in times.notes([product])[0]
+
+
+def test_a_profile_without_an_architecture_lends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So `calibrate` writes for a CPU, whose laws no GPU should take; a user's own GPU lends where it names one."""
+    folder = tmp_path / "hardware_profiles"
+    folder.mkdir()
+    text = Path("hardware_profiles/h100-sxm.yaml").read_text(encoding="utf-8").replace("name: h100-sxm", "name: mine")
+    (folder / "mine.yaml").write_text(text.replace("  architecture: Hopper\n", ""), encoding="utf-8")
+    h100 = load_hardware("h100-sxm")
+    monkeypatch.chdir(tmp_path)
+    lent = nearest(("topk", "fp32", ""), h100)
+    assert lent is not None
+    assert lent.lender.name == "h200-sxm"
+    (folder / "mine.yaml").write_text(text, encoding="utf-8")
+    lent = nearest(("topk", "fp32", ""), h100)
+    assert lent is not None
+    assert lent.lender.name == "mine"
+
+
+def test_the_kernel_asked_for_is_taken_from_the_same_cores() -> None:
+    """An H200 runs the masked expert kernels that were timed on an H800; its own table holds other kernels."""
+    times = OpTimes.from_hardware(load_hardware("h200-sxm"))
+    masked = times.answer(("grouped_gemm", "fp8", "masked"))
+    assert masked is not None
+    assert (masked.origin, masked.law.variant) == ("h800-sxm", "masked")
+    blackwell = OpTimes.from_hardware(load_hardware("b200-sxm")).answer(("grouped_gemm", "fp8", "masked"))
+    assert blackwell is not None
+    assert blackwell.origin == ""
+
+
+def test_another_makers_cores_are_not_sms() -> None:
+    """The lender's SM count stands; the interval holds what laws missed on the only other maker that was measured."""
+    times = OpTimes.from_hardware(load_hardware("tpu-v7"))
+    answer = times.answer(("gemm", "bf16", ""))
+    assert answer is not None
+    assert answer.device.sm_count == load_hardware(answer.origin).sm_count
+    assert answer.spread > 0.7
+
+
+@pytest.mark.parametrize("name", ["a100-sxm", "h200-sxm", "b200-sxm", "rtx-pro-6000", "l40s"])
+def test_a_lent_law_beats_the_data_sheet(name: str) -> None:
+    """Kind by kind, and over a whole step, on devices whose own times are known and not used."""
+    assert np.median([np.median(np.abs(row)) for row in lent_errors(name).values()]) < 0.25
+    lent, sheet = step_ratios(name)
+    assert abs(np.log(lent)) < 0.5
+    assert abs(np.log(lent)) < abs(np.log(sheet))
+
+
+def test_rows_that_no_memory_can_have_fed_are_dropped() -> None:
+    """33.6 MB in 11 us are 3.05 TB/s: from the cache, not from a memory of 1.8 TB/s; a small row may be."""
+    warm, cold = (
+        Measurement(op=op("gemm", m=1, n=4096, k=4096), median_s=seconds, p10_s=seconds, p90_s=seconds, count=1)
+        for seconds in (11e-6, 22e-6)
+    )
+    passes = Measurement(op=op("norm", rows=512, width=4096), median_s=1e-6, p10_s=1e-6, p90_s=1e-6, count=1)
+    kept, dropped = without_warm([warm, cold, passes], 1.8e12)
+    assert kept == [cold, passes]
+    assert dropped == {"gemm bf16": 1}
+
+
+def test_the_rtx_pro_6000_of_the_tables_is_that_of_a_recorded_engine(shared: Path) -> None:
+    """Linear layers that vLLM timed on that card, none of them in the fit, 1 to 4,096 tokens."""
+    times = OpTimes.from_hardware(load_hardware("rtx-pro-6000"))
+    path = shared / "data/vllm_runs/rtxpro6000_llama31_8b/profile/tp1/dense.csv"
+    errors = []
+    with path.open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["layer"] in LINEAR:
+                n, k = LINEAR[row["layer"]]
+                predicted = times.seconds(op("gemm", dtype="bf16", m=int(row["tokens"]), n=n, k=k))
+                errors.append(np.log(predicted / (float(row["time_us"]) * 1e-6)))
+    assert len(errors) > 40
+    assert np.median(np.abs(errors)) < 0.06
+    assert abs(np.median(errors)) < 0.04
