@@ -230,7 +230,7 @@ class CollectiveTimes:
     def _scaled(self, curve: Curve, size: FloatArray) -> FloatArray:
         """Return the curve with its slope scaled to the link's bandwidth now: bytes take longer on a slower link.
 
-        The part of the slope that the link explains is scaled, the rest (copies, protocol) stays.
+        The part of the slope that the wire explains is scaled, the rest (copies, protocol) stays.
         """
         seconds = curve.at(size)
         link = "scale_up" if curve.ranks <= self._domain() else "scale_out"
@@ -240,13 +240,7 @@ class CollectiveTimes:
         remote = (curve.ranks - 1) / curve.ranks * (2.0 if curve.kind == "all_reduce" else 1.0)
         if link == "scale_out":
             remote = max(0.0, (curve.ranks - self._domain()) / curve.ranks)
-        floor = curve.floor_s
-        achieved = max(0.0, float(curve.at(np.array([curve.bytes[-1]]))[0]) - floor)
-        wire = remote * curve.bytes[-1] / then
-        share = min(1.0, wire / achieved) if achieved > 0 else 0.0  # of the slope at size that is the wire itself
-        efficiency = max(share, 1e-9)
-        extra = remote * size / efficiency * (1.0 / now - 1.0 / then) * share
-        return np.maximum(seconds + extra, floor)
+        return np.maximum(seconds + remote * size * (1.0 / now - 1.0 / then), curve.floor_s)
 
     def _domain(self) -> int:
         return self.hardware.scale_up.domain_size if self.hardware.scale_up else 1

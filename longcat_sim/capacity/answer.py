@@ -181,9 +181,10 @@ class CapacityResult:
                 ("", f"= {users} at this level, {paid}"),
             ]
         highest = _with_interval(rate, "requests_per_s", "{:.3g}")
+        without = "without its spares " if rate["spare_replicas"] else ""
         return [
             ("fleet", f"{rate['num_gpus']} GPUs, {rate['replicas']} replicas{spares}, for {made} output tokens/s"),
-            ("headroom", f"this fleet takes up to {highest} requests/s of this traffic within the level"),
+            ("headroom", f"{without}this fleet takes up to {highest} requests/s of this traffic within the level"),
             ("", f"= {rate['concurrent_users']:,.0f} requests in flight at once"),
         ]
 

@@ -13,6 +13,7 @@ from longcat_sim.errors import CapacityError, MemoryFitError, SpecError, Unmeasu
 from longcat_sim.ops.memory import Memory, memory
 from longcat_sim.ops.op import FloatArray
 from longcat_sim.simulation.network import check_topology
+from longcat_sim.simulation.step import slowest_context
 from longcat_sim.specs.scenario import Scenario, Search
 
 MOST_BATCHES = 4096
@@ -137,20 +138,30 @@ def shapes(scenario: Scenario, *, weight: int = 1) -> tuple[list[Shape], Rejecte
 
 
 def memory_at(scenario: Scenario, sequences_per_gpu: float, context: float) -> Memory:
-    """Return what one GPU holds in a decode step of this batch."""
+    """Return what the fullest GPU holds in a decode step of this batch of mean ``context``."""
     queries = 1 + scenario.speculative.draft_tokens
+    fullest = float(slowest_context(scenario, sequences_per_gpu, context))
     return memory(
         scenario.model, scenario.deployment, scenario.hardware, sequences_per_gpu=sequences_per_gpu,
-        tokens_per_sequence=context, rows_per_gpu=sequences_per_gpu * queries,
+        tokens_per_sequence=fullest, rows_per_gpu=sequences_per_gpu * queries,
         speculative=scenario.speculative.draft_tokens > 0, routing=scenario.routing,
     )  # fmt: skip
 
 
 def room_of(scenario: Scenario, context: float = 1.0) -> float:
-    """Return the most sequences per GPU that fit (every part of the memory check is affine in them); 0: none."""
-    one, two = memory_at(scenario, 1.0, context), memory_at(scenario, 2.0, context)
-    each = two.total_bytes - one.total_bytes
-    return max(0.0, 1 + (one.capacity_bytes - one.total_bytes) / each)
+    """Return the most sequences per GPU of mean ``context`` that fit on the fullest GPU; 0: not even one."""
+    from scipy.optimize import brentq
+
+    def free(sequences: float) -> float:
+        found = memory_at(scenario, sequences, context)
+        return found.capacity_bytes - found.total_bytes
+
+    if free(1.0) < 0:
+        return 0.0
+    high = 2.0
+    while free(high) >= 0:
+        high *= 2
+    return float(brentq(free, high / 2, high, rtol=1e-9))
 
 
 def batches_of(scenario: Scenario) -> FloatArray:

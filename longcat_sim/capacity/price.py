@@ -10,10 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from longcat_sim.errors import CapacityError
-from longcat_sim.ops.op import FloatArray
 from longcat_sim.specs.price import HOURS_PER_MONTH
 
 SECONDS_PER_HOUR = 3600.0
@@ -36,27 +33,6 @@ def usd_per_million_tokens(
         if not value > 0:
             raise CapacityError(f"{name}: expected more than 0, such as 2.0; got {value!r}; mend it")
     return usd_per_gpu_hour / SECONDS_PER_HOUR / (tokens_per_s_per_gpu * utilisation) * MILLION
-
-
-def paid_window(
-    arrival_s: FloatArray, last_s: FloatArray, *, warm_up_s: float = 0.0, is_unstable: bool = False
-) -> tuple[float, float]:
-    """Return the (start, end) that a bill covers: the fleet is paid from the one to the other, for the tokens of the
-    requests that arrived between them.
-
-    It starts with the end of the warm-up, or with the first arrival. It ends with the last arrival, for what the fleet
-    does while it drains belongs to no load. Where the queue grew without bound, or requests took longer than they came
-    (a batch, a single request), there is no steady state to price, and it ends with the last token.
-
-    ``arrival_s`` and ``last_s`` are of the counted requests that completed [N].
-    """
-    if not len(arrival_s):
-        return warm_up_s, warm_up_s
-    start = warm_up_s if warm_up_s > 0 else float(arrival_s.min())
-    end = float(arrival_s.max())
-    if is_unstable or end - start < float(np.median(last_s - arrival_s)):
-        end = float(last_s.max())
-    return start, end
 
 
 @dataclass(frozen=True, kw_only=True)

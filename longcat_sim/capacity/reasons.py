@@ -87,11 +87,12 @@ def step_elasticities(
     return {name: max(0.0, share) for name, share in shares.items()}
 
 
-CHOICES = ("hardware", "num_gpus", "ep_size", "tp_size", "dense_tp", "overlap")
+CHOICES = ("num_gpus", "ep_size", "tp_size", "dense_tp", "overlap")
 
 
 def why(screened: Screened, winner: Survivor, scenario: Scenario, feasible: Any) -> list[dict[str, Any]]:
-    """Return, for each choice, the best feasible candidate that chose otherwise and how much worse it is.
+    """Return the best feasible candidate of each other device, and for each other choice that of those that chose
+    otherwise, and how much worse it is.
 
     ``feasible`` says which candidates keep the level as safely as the winner [N] (None: all).
     """
@@ -105,8 +106,11 @@ def why(screened: Screened, winner: Survivor, scenario: Scenario, feasible: Any)
 
     mine = int(screened.shape[winner.at])
     rows = []
-    for name in CHOICES:
-        others = [i for i in range(len(screened.shapes)) if choice(i, name) != choice(mine, name)]
+    every = range(len(screened.shapes))
+    devices = dict.fromkeys(choice(i, "hardware") for i in every if choice(i, "hardware") != choice(mine, "hardware"))
+    cases = [("hardware", [i for i in every if choice(i, "hardware") == device]) for device in devices]
+    cases += [(name, [i for i in every if choice(i, name) != choice(mine, name)]) for name in CHOICES]
+    for name, others in cases:
         at = np.flatnonzero(np.isin(screened.shape, others) & allowed)
         if not len(at):
             continue

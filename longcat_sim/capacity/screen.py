@@ -148,15 +148,21 @@ def screen_steps(
 def ranking(screened: Screened, scenario: Scenario) -> FloatArray:
     """Return what the search makes small [N]: the objective, or its negative where more is better.
 
-    Where the fleet must make a rate, the price is that of the whole replicas which make it, spares included, over the
-    tokens asked for; of fleets that cost the same the one with most room to both the rate and the level comes first.
+    ``num_gpus`` are those of one replica, or of the fleet where it must make a rate. The price is then that of the
+    whole replicas which make it, spares included, over the tokens asked for; of fleets that cost the same the one with
+    most room to both the rate and the level comes first.
     """
     search = search_of(scenario)
     values = screened.columns[search.objective] * OBJECTIVES[search.objective]
-    if search.output_tokens_per_s is None or search.objective != "usd_per_million_output_tokens":
-        return values
+    usd = screened.columns["usd_per_million_output_tokens"]
+    if search.output_tokens_per_s is None:
+        return values * (1 + TIE * usd / usd.max()) if search.objective == "num_gpus" else values
     made = screened.columns["tokens_per_s_per_gpu"] * screened.columns["num_gpus"]
     replicas = np.maximum(1.0, np.ceil(search.output_tokens_per_s / made - 1e-9)) + search.spare_replicas
+    if search.objective == "num_gpus":  # of the fleet that makes the rate; of equal ones the cheapest token
+        return replicas * screened.columns["num_gpus"] * (1 + TIE * usd / usd.max())
+    if search.objective != "usd_per_million_output_tokens":
+        return values
     tightest = search.output_tokens_per_s / ((replicas - search.spare_replicas) * made)
     limit_s = tpot_limit_s(scenario)
     if limit_s is not None:

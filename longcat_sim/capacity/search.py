@@ -161,8 +161,8 @@ def choose(
     if limit_s is None:
         values = ranking(screened, scenario)
         sense = OBJECTIVES[search.objective]
-        is_rate = search.output_tokens_per_s is not None
-        best = min(good, key=lambda row: values[row.at] if is_rate else row.figure(search.objective) * sense)
+        is_ranked = search.output_tokens_per_s is not None or search.objective == "num_gpus"
+        best = min(good, key=lambda row: values[row.at] if is_ranked else row.figure(search.objective) * sense)
         best.figures = {**(best.figures or {}), **assess(screened.scenario(best.at))}
         return best, 1.0
     values = ranking(screened, scenario)
@@ -228,10 +228,18 @@ def _notes(rows: Sequence[Survivor], scenario: Scenario) -> list[str]:
     failed = [row for row in rows if row.figures is None]
     if failed:
         notes.append(f"{len(failed)} survivors could not be simulated, such as {failed[0].faults[0]}")
-    if any((row.figures or {}).get("datasheet_share", 0) > 0.2 for row in rows):
-        notes.append("more than a fifth of a survivor's step comes from data sheets, not from measurements")
-    if any((row.figures or {}).get("extrapolated_share", 0) > 0.2 for row in rows):
-        notes.append("more than a fifth of a survivor's step is extrapolated beyond what was measured")
+    leaning: dict[str, float] = {}
+    for row in rows:
+        got = row.figures or {}
+        share = got.get("datasheet_share", 0.0) + got.get("extrapolated_share", 0.0)
+        device = row.screened["changes"].get("hardware", scenario.hardware.name)
+        leaning[device] = max(share, leaning.get(device, 0.0))
+    for device, share in leaning.items():
+        if share > 0.2:
+            notes.append(
+                f"{device}: up to {share:.0%} of a step's op time was not measured there, but carried over from other "
+                "devices or sizes, or read off the data sheet: its intervals are wide, and its place may change"
+            )
     search = search_of(scenario)
     if len(search.hardware) > 1 and scenario.price.usd_per_gpu_hour is not None:
         notes.append(

@@ -23,14 +23,16 @@ def run(
 ) -> None:
     """Find the deployment that answers a scenario's search best."""
     from longcat_sim.capacity.sweep import progress_line
+    from longcat_sim.figures.picture import check_picture, write_picture
     from longcat_sim.studies.capacity import capacity
 
+    if picture is not None:  # before the search, which takes a while
+        check_picture(picture)
     made = load(scenario, set_ or [])
     with _executor(dask, processes) as executor:
         result = capacity(made, executor, store=store, progress=progress_line("simulated", 2.0, say))
     if picture is not None:
         from longcat_sim.figures.capacity import capacity_figure
-        from longcat_sim.figures.picture import write_picture
 
         write_picture(capacity_figure(result), picture)
         say(f"picture written to {picture}")

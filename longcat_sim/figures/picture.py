@@ -12,17 +12,22 @@ from longcat_sim.errors import UserError
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
+def check_picture(path: Path) -> None:
+    """Raise UserError for an ending that no picture has."""
+    if path.suffix not in (".html", ".png"):
+        raise UserError(f"picture: expected a path that ends in .html or .png; got {str(path)!r}; rename it")
+
+
 def write_picture(figure: Any, path: Path, *, width: int = 920, height: int = 520, scale: float = 1.5) -> None:
     """Write a figure to ``path``: a self-contained page (.html), or what a browser makes of it (.png).
 
     Raises:
         UserError: another ending, or a PNG without Playwright or a Chromium.
     """
+    check_picture(path)
     import plotly.graph_objects
     import plotly.io
 
-    if path.suffix not in (".html", ".png"):
-        raise UserError(f"picture: expected a path that ends in .html or .png; got {str(path)!r}; rename it")
     sized = plotly.graph_objects.Figure(figure).update_layout(width=width, height=height)
     page = plotly.io.to_html(
         sized, include_plotlyjs=True, full_html=True,

@@ -60,12 +60,20 @@ def weight_bytes(model: ModelSpec, deployment: Deployment, routing: Routing | No
 
 
 def draft_bytes(model: ModelSpec, deployment: Deployment) -> float:
-    """Return the bytes of the MTP layer on one GPU."""
-    if not model.num_nextn_predict_layers:
+    """Return the bytes of the MTP layer on one GPU: experts and attention are cut as those of the layers, and its FFN.
+
+    The projection of the embedding beside the hidden state is whole on every GPU.
+    """
+    layers = model.num_nextn_predict_layers
+    if not layers:
         return 0.0
-    experts = 0.0 if model.layer_kind == "longcat" else float(model.experts_parameters_per_layer)
-    rest = model.mtp_parameters - experts
-    return item_bytes(deployment.precision.weights) * (rest / deployment.dense_tp + experts / deployment.ep_size)
+    experts = 0.0 if model.layer_kind == "longcat" else float(layers * model.experts_parameters_per_layer)
+    attention = float(layers * model.attention_parameters)
+    projection = layers * 2.0 * model.hidden_size**2
+    ffn = max(0.0, model.mtp_parameters - experts - attention - projection)
+    cut = deployment.ep_size if deployment.ep_size > 1 else deployment.tp_size
+    held = experts / cut + attention / deployment.tp_size + ffn / deployment.dense_tp + projection
+    return item_bytes(deployment.precision.weights) * held
 
 
 def kv_bytes_per_token(model: ModelSpec, deployment: Deployment) -> float:

@@ -1,7 +1,9 @@
 """Figures of a serving run, derived from its records: TTFT, TPOT, ITL, goodput, what price needs, intervals.
 
 Symbols of one request's life: arrival a, first token f, last token l, n tokens. TTFT = f - a, TPOT = (l - f)/(n - 1),
-E2E = l - a. ITL pools the gaps of all tokens. Requests that arrive during the warm-up are served, not counted.
+E2E = l - a. Requests that arrive during the warm-up are served, not counted; but ITL, which pools the gaps of all
+tokens, and preemptions are of the whole run. Rates are over ``window_s`` (``counted_window_s``), so that rate x price
+is what an hour costs; ``duration_s`` goes on to the last token.
 """
 
 from __future__ import annotations
@@ -39,6 +41,27 @@ def gap_summary(gaps: GapHistogram) -> Summary:
     return {"mean": mean} | {f"p{p}": gaps.percentile_s(p) or 0.0 for p in PERCENTILES}
 
 
+def counted_window_s(
+    arrival: FloatArray, last: FloatArray, *, warm_up_s: float = 0.0, is_unstable: bool = False
+) -> tuple[float, float]:
+    """Return the (start, end) in seconds over which rates are taken and a fleet is paid, for the tokens of the requests
+    that arrived in between.
+
+    It starts with the end of the warm-up, or with the first arrival. It ends with the last arrival, for what the fleet
+    does while it drains belongs to no load. Where the queue grew without bound, or requests took longer than they came
+    (a batch, a single request), there is no steady state, and it ends with the last token.
+
+    ``arrival`` and ``last`` are, in nanoseconds, of the counted requests that completed [N].
+    """
+    if not len(arrival):
+        return warm_up_s, warm_up_s
+    start = warm_up_s if warm_up_s > 0 else float(arrival.min()) * 1e-9
+    end = float(arrival.max()) * 1e-9
+    if is_unstable or end - start < float(np.median(last - arrival)) * 1e-9:
+        end = float(last.max()) * 1e-9
+    return start, end
+
+
 def serving_metrics(result: ServingResult) -> dict[str, Any]:
     """Return every figure of the ``serve:`` JSON document but prices; units in the keys."""
     columns, serve = result.records, result.serve
@@ -53,15 +76,14 @@ def serving_metrics(result: ServingResult) -> dict[str, Any]:
     e2e = (last - arrival)[done]
     span = done & (outputs > 1)
     tpot = (last - first)[span] / (outputs[span] - 1)
-    end = int(last[done].max()) if done.any() else (int(arrival.max()) if len(arrival) else 0)
-    begin = warm_up if warm_up else (int(arrival[0]) if len(arrival) else 0)
-    seconds = max(end - begin, 1) * 1e-9
+    unstable, sustainable = stability(result)
+    begin, end = counted_window_s(arrival[done], last[done], warm_up_s=serve.workload.warm_up, is_unstable=unstable)
+    seconds = max(end - begin, 1e-9)
     input_sum, cached_sum = int(inputs[done].sum(dtype=np.int64)), int(cached[done].sum(dtype=np.int64))
     output_sum = int(outputs[done].sum(dtype=np.int64))
     prefix = cached_sum / input_sum if input_sum else 0.0
     classes, goodput = _goodput(result, done, seconds)
     session_s, tool_s = _sessions(result, done)
-    unstable, sustainable = stability(result)
     steps = sum(pool.num_steps for pool in result.pools.values())
     outside = sum(pool.outside_steps for pool in result.pools.values())
     figures: dict[str, Any] = {
@@ -75,7 +97,8 @@ def serving_metrics(result: ServingResult) -> dict[str, Any]:
         "sustainable_requests_per_s": sustainable,
         "extrapolated": outside > 0,
         "extrapolated_step_ratio": outside / steps if steps else 0.0,
-        "duration_s": seconds,
+        "duration_s": (int(last[done].max()) * 1e-9 if done.any() else end) - begin,
+        "window_s": (begin, end),
         "ttft_s": summary(ttft),
         "tpot_s": summary(tpot),
         "itl_s": gap_summary(result.gaps),
@@ -152,7 +175,8 @@ def stability(result: ServingResult) -> tuple[bool, float | None]:
     columns = result.records
     arrivals = result.serve.workload.arrivals
     scheduled = columns.numpy("scheduled")
-    arrival = np.sort(columns.numpy("arrival"))
+    refused = (columns.numpy("status") > 1) & (scheduled < 0)  # they never waited for long
+    arrival = np.sort(columns.numpy("arrival")[~refused])
     if len(arrival) < 20 or (arrivals is not None and arrivals.process == "closed_loop"):
         return False, None
     end = int(arrival[-1])
@@ -162,9 +186,8 @@ def stability(result: ServingResult) -> tuple[bool, float | None]:
     def waiting(time: int) -> int:
         return int(np.searchsorted(arrival, time, "right") - np.searchsorted(started, time, "right"))
 
-    rejected = int((columns.numpy("status") == 2).sum())
     came = len(arrival) - int(np.searchsorted(arrival, middle, "right"))
-    growth = waiting(end) - waiting(middle) - rejected
+    growth = waiting(end) - waiting(middle)
     if growth <= max(0.05 * came, 4 * came**0.5):
         return False, None
     # from then until the last one was admitted, the queue was never empty: what left in that time is the capacity
@@ -173,23 +196,28 @@ def stability(result: ServingResult) -> tuple[bool, float | None]:
     return True, left / max((drained - middle) * 1e-9, 1e-9)
 
 
-def intervals(draws: Sequence[Mapping[str, Any]], relative_error: float = 0.0) -> dict[str, Any]:
+def intervals(
+    centre: Mapping[str, Any], draws: Sequence[Mapping[str, Any]], relative_error: float = 0.0
+) -> dict[str, Any]:
     """Return {p5, p95} of every figure over several runs (seeds, quantiles, draws of the fit).
 
-    ``relative_error`` (of the step-time interpolation) widens the interval of every time.
+    An interval holds the ``centre``: of a few draws, all may lie on one side of it. ``relative_error`` (of the
+    interpolation of step times) widens the interval of every time.
     """
     result: dict[str, Any] = {}
     for name in draws[0]:
-        values = [draw[name] for draw in draws]
-        kept = [value for value in values if value is not None]
-        if not kept or isinstance(kept[0], bool):
+        middle = centre.get(name)
+        kept = [draw[name] for draw in draws if draw.get(name) is not None]
+        if not kept or isinstance(kept[0], bool) or middle is None:
             continue
         if isinstance(kept[0], Mapping):
-            inner = intervals(kept, relative_error if name.endswith("_s") else 0.0)
+            inner = intervals(middle, kept, relative_error if name.endswith("_s") else 0.0)
             if inner:
                 result[name] = inner
         elif isinstance(kept[0], int | float):
             low, high = np.percentile(np.array(kept, dtype=float), [5, 95])
             widen = relative_error if name in ("mean", "p50", "p90", "p95", "p99") else 0.0
-            result[name] = {"p5": float(low) * (1 - widen), "p95": float(high) * (1 + widen)}
+            result[name] = {
+                "p5": min(float(low) * (1 - widen), middle), "p95": max(float(high) * (1 + widen), middle),
+            }  # fmt: skip
     return result

@@ -356,12 +356,13 @@ def step_seconds_many(
 
 
 def step_memory(scenario: Scenario) -> Memory:
-    """Return what one GPU holds during the scenario's step."""
+    """Return what the fullest GPU holds during the scenario's step: the one with the longest contexts, in decode."""
     size = step_size(scenario)
     decode = size.phase == "decode"
+    context = slowest_context(scenario, size.sequences, size.context) if decode else size.context
     return memory(
         scenario.model, scenario.deployment, scenario.hardware, sequences_per_gpu=size.sequences,
-        tokens_per_sequence=size.context, rows_per_gpu=float(size.rows), decode=decode,
+        tokens_per_sequence=float(context), rows_per_gpu=float(size.rows), decode=decode,
         speculative=scenario.speculative.draft_tokens > 0, routing=scenario.routing,
     )  # fmt: skip
 

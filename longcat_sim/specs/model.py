@@ -236,7 +236,9 @@ def model_spec(name_or_path: str | Path, **changes: Any) -> ModelSpec:
     if name in names:
         return _packaged(name) if not changes else _read_packaged(name, **changes)
     if Path(name).exists():
-        return ModelSpec.from_hf_config(name, **{"name": Path(name).stem, **changes})
+        path = Path(name).resolve()
+        known = path.parent.name if path.name == "config.json" else path.stem
+        return ModelSpec.from_hf_config(name, **{"name": known, **changes})
     raise SpecError(
         f"model: expected a path to a published config.json or one of {', '.join(names)}; got {name!r}; choose one"
     )

@@ -39,10 +39,11 @@ class Owned(Part):
 class Price(Part):
     """What a GPU-hour costs.
 
-    ``rental`` and ``owned`` GPUs are paid for every hour of the month, ``on_demand`` ones only while they run.
+    ``rental`` GPUs are paid for while they are up: replicas that an autoscaler drained, and lost ones, cost nothing.
+    ``owned`` ones cost what their purchase does per hour.
     """
 
-    basis: Literal["rental", "on_demand", "owned"] = "rental"
+    basis: Literal["rental", "owned"] = "rental"
     usd_per_gpu_hour: float | None = Field(default=None, gt=0)
     """The hardware profile's price where not given."""
     hardware_usd_per_gpu_hour: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)

@@ -44,7 +44,6 @@ class Search(Part):
     """Two values are the ends of a range; more are the values themselves."""
     tpot: Seconds | None = None
     """Service level where there is no ``serve.slo``: seconds per output token of one user, at most."""
-    ttft: Seconds | None = None
     probability: float = Field(default=0.5, gt=0, lt=1)
     """Chance with which the winner must meet the service level, over calibration, routing and model error."""
     attainment: float = Field(default=0.95, gt=0, lt=1)
@@ -72,7 +71,7 @@ class _Document(Part):
     serve: Serve | None = None
     search: Search | None = None
     price: Price = Price()
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     draws: int = Field(default=32, ge=1, le=4096)
 
 
@@ -211,7 +210,7 @@ def _load_model(name: str, changes: Mapping[str, Any], where: str) -> ModelSpec:
                 raise SpecError(f"model.{key}: expected a key of the model; got {key!r}; {hint}")
         return model_spec(name, **changes)
     except SpecError as error:
-        raise SpecError([f"{where}: {fault}" for fault in error.faults]) from None
+        raise SpecError([f"{where}: {fault.removeprefix('model: ')}" for fault in error.faults]) from None
 
 
 def _replaced(node: Any, path: list[str], value: Any, *, where: str) -> Any:
@@ -303,6 +302,10 @@ def scenario(name_or_path: str | Path | Mapping[str, Any], changes: Mapping[str,
     document, lines, faults = read_yaml(path)
     if not isinstance(document, dict):
         raise SpecError([*faults, f"{path.name}:1: expected a mapping with model, hardware, deployment; got a list"])
+    for key in ("model", "hardware"):  # a file that is named there lies where the scenario says, or beside it
+        named = document.get(key)
+        if isinstance(named, str) and not Path(named).exists() and (path.parent / named).is_file():
+            document[key] = str(path.parent / named)
     try:
         made = Scenario(document, where=path.name, lines=lines, changes=changes)
     except SpecError as error:

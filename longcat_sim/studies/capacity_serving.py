@@ -60,6 +60,11 @@ def serving_capacity(
             f"{scenario.where}: search.output_tokens_per_s: expected none under traffic, which says what is asked for; "
             f"got {search.output_tokens_per_s:g}; set serve.workload.arrivals.rate instead"
         )
+    if search.tpot is not None:
+        raise CapacityError(
+            f"{scenario.where}: search.tpot: expected none under traffic, where serve.slo holds the level; got "
+            f"{search.tpot * 1e3:g} ms; set 'serve.slo=[{{name: default, tpot: {search.tpot * 1e3:g} ms}}]' instead"
+        )
     check_draws(scenario.draws, search.probability, scenario.where)
     kept = shapes(scenario)[0]
     check_reachable(scenario, kept, tpot_limit_s(scenario))
@@ -82,7 +87,10 @@ def serving_capacity(
     rows = [Survivor(i, screened.row(i), p.figures, p.faults) for i, p in zip(chosen, points, strict=True)]
     winner = _choose(rows, scenario, executor)
     best = scenario.what_if(screened.changes[winner.at])
-    rate = highest_rate(best, executor)
+    failed = np.zeros(len(values), dtype=bool)  # simulated, and over the level: no reason against the winner
+    failed[[row.at for row in rows if row.figures is None or not is_met(row.figures, scenario)]] = True
+    left = _without_spares(best, search.spare_replicas)
+    rate = highest_rate(left, executor, stay_s=winner.figure("stay_s", 0.0))
     rate |= _fleet(best, search.spare_replicas)
     spent = time.perf_counter() - began
     rejected = Rejected()
@@ -92,15 +100,28 @@ def serving_capacity(
     shown = pareto({n: np.array([row.figure(n) for row in good]) for n in FRONT}, FRONT)
     served = scenario.serve
     notes = []
+    if search.sequences_per_gpu:
+        notes.append("search.sequences_per_gpu has no effect under traffic, which makes its own batches")
     if served is not None and served.workload.sessions is None and served.workload.trace is not None:
         notes.append("screening ignores prefix hits between requests of the trace; the simulation has them")
     if scenario.draws == 1:
         notes.append("draws: 1 is a point estimate, without intervals or a probability; --set draws=16 gives both")
+    reasons = _why(screened, winner, scenario, within & ~failed)
     return CapacityResult(
-        scenario, winner, rows, [good[i].to_json() for i in shown], _binding(best, rate),
-        _why(screened, winner, scenario, within), dict(rejected.counts), rate, screened.looked_at, len(values),
+        scenario, winner, rows, [good[i].to_json() for i in shown], _binding(left, rate),
+        reasons, dict(rejected.counts), rate, screened.looked_at, len(values),
         screened.wall_s, spent, 0.0, kendall(rows, objective), notes,
     )  # fmt: skip
+
+
+def _without_spares(scenario: Scenario, spare: int) -> Scenario:
+    """Return the fleet that has lost its spares: what it takes then is what it can be relied on for."""
+    assert scenario.serve is not None
+    if not spare:
+        return scenario
+    pools = pools_of(scenario, scenario.serve)
+    paths = {name: "serve.replicas" if name == "shared" else f"serve.{name}.replicas" for name in pools}
+    return scenario.what_if({path: fleet_size(scenario, name) - spare for name, path in paths.items()})
 
 
 def _fleet(scenario: Scenario, spare: int) -> dict[str, Any]:

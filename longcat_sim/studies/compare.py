@@ -28,7 +28,7 @@ class Comparison:
     """As ``simulate`` gives them."""
     ratios: list[dict[str, Interval]]
     """Each figure over the base's, draw by draw: both see the same routing, calibration and error of the step model,
-    so that what is uncertain in both alike does not widen it."""
+    so that what is uncertain in both alike does not widen it. Figures that the base does not have are left out."""
     parts: list[dict[str, float]]
     """Where the time goes, in seconds; they add up to the step that was run event by event."""
 
@@ -42,7 +42,7 @@ class Comparison:
             name, unit, scale = SHOWN[key]
             cells = [figures[key].show(scale) for figures in self.figures]
             rows.append([f"{name}, {unit}", *cells])
-            rows.append(["", "", *(_change(ratios[key]) for ratios in self.ratios[1:])])
+            rows.append(["", "", *(_change(ratios.get(key)) for ratios in self.ratios[1:])])
         rows.append(["parts of one step run event by event, ms", *("" for _ in self.names)])
         for part in dict.fromkeys(name for parts in self.parts for name in parts):
             rows.append([f"  {part}", *(f"{parts.get(part, 0.0) * 1e3:.3f}" for parts in self.parts)])
@@ -103,18 +103,16 @@ def compare(scenarios: Mapping[str, Scenario]) -> Comparison:
         list(scenarios),
         [{key: Interval.of(values) for key, values in figures.items()} for figures in drawn],
         [
-            {key: Interval.of(_ratio(values, drawn[0][key])) for key, values in figures.items()}
+            {key: Interval.of(values / drawn[0][key]) for key, values in figures.items() if np.all(drawn[0][key])}
             for figures in drawn
         ],
         parts,
     )  # fmt: skip
 
 
-def _ratio(values: FloatArray, base: FloatArray) -> FloatArray:
-    """Return one over the other; nothing over nothing is no change."""
-    return np.divide(values, base, out=np.ones_like(values), where=base != 0)
-
-
-def _change(ratio: Interval) -> str:
+def _change(ratio: Interval | None) -> str:
+    """Return a ratio as a change; of a figure that the base does not have, nothing."""
+    if ratio is None:
+        return ""
     low, middle, high = (f"{100 * (value - 1):+.1f}" for value in (ratio.p5, ratio.median, ratio.p95))
     return f"{middle}%" if low == high else f"{middle} [{low}, {high}]%"

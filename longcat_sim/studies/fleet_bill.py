@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from longcat_sim.capacity.price import Bill, Work, bill, paid_window
-from longcat_sim.simulation.metrics import stability
+from longcat_sim.capacity.price import Bill, Work, bill
+from longcat_sim.simulation.metrics import counted_window_s, stability
 from longcat_sim.simulation.serving.simulate import PoolUse, ServingResult
 from longcat_sim.studies.engines import StepFunction
 
@@ -26,22 +26,22 @@ class FleetBill:
 
     def figures(self) -> dict[str, Any]:
         """Return what every command prints of a fleet's bill; all over the same window."""
-        return {**self.bill.figures(), "gpu_hours_by_pool": self.gpu_hours_by_pool, "paid_window_s": self.window_s}
+        return {**self.bill.figures(), "gpu_hours_by_pool": self.gpu_hours_by_pool}
 
 
 def fleet_bill(run: ServingResult, steps: Mapping[str, StepFunction], usd_per_gpu_hour: float) -> FleetBill:
     """Return the bill of a run. ``steps`` has the step function of each pool; each pool pays its own device's price.
 
-    GPU-hours and tokens are those of ``paid_window``: requests of the warm-up are in neither. The rule for replicas
-    that mix prefill and decode: busy GPU-seconds are split in the ratio of what the prompt tokens and the output tokens
-    would cost in steps of their own, at the run's mean sizes. Of the prompts' part, cached tokens carry what attending
-    to them adds to a prefill.
+    GPU-hours and tokens are those of ``counted_window_s``: requests of the warm-up are in neither. The rule for
+    replicas that mix prefill and decode: busy GPU-seconds are split in the ratio of what the prompt tokens and the
+    output tokens would cost in steps of their own, at the run's mean sizes. Of the prompts' part, cached tokens carry
+    what attending to them adds to a prefill.
     """
     columns, warm_up = run.records, run.serve.workload.warm_up
     arrival = columns.numpy("arrival")
     done = (columns.numpy("status") == 1) & (arrival >= round(warm_up * 1e9))
-    window = paid_window(
-        arrival[done] * 1e-9, columns.numpy("last")[done] * 1e-9, warm_up_s=warm_up, is_unstable=stability(run)[0]
+    window = counted_window_s(
+        arrival[done], columns.numpy("last")[done], warm_up_s=warm_up, is_unstable=stability(run)[0]
     )
     pools = {name: _work(pool, run, steps[name], done, window) for name, pool in run.pools.items()}
     return FleetBill(

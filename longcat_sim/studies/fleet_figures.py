@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
 from functools import partial
@@ -21,7 +22,11 @@ from longcat_sim.studies.engines import pools_of
 from longcat_sim.studies.served import serve_once
 
 MOST_REQUESTS = 4000
-"""Requests that one candidate serves: enough for a 99th percentile, few enough for fifty candidates."""
+"""Requests that one candidate serves, where a steady state does not take more: enough for a 99th percentile."""
+FILL, WINDOW = 3.0, 1.5
+"""Mean stays that fill a fleet (to 95 %, of exponential lengths) and that are counted then. Assumed."""
+LENGTHENED = 4
+"""Times that traffic is lengthened before its fleet is taken for one whose queue grows."""
 RATE_REQUESTS = 2000
 MOST_RATE_DRAWS = 8
 """Draws in which the highest rate is sought anew: each takes about five runs."""
@@ -40,48 +45,95 @@ def fleet_size(scenario: Scenario, pool: str) -> int:
     return one.replicas if one is not None else serve.replicas
 
 
-def _shortened(scenario: Scenario, most_requests: int) -> Scenario:
-    """Return the scenario with its first ``most_requests`` requests alone; where that cuts it, an eighth of them or
-    more are to warm up, and a quarter at most."""
+def _length(scenario: Scenario, most_requests: int, stay_s: float) -> Scenario:
+    """Return the scenario with as much of its traffic as one run needs.
+
+    A fleet is judged when it holds as many requests as it will hold for ever: synthetic traffic lasts ``FILL`` mean
+    stays to fill it, which are not counted, and ``WINDOW`` more. Until a stay is known (0), and of a trace, it is the
+    first ``most_requests``, of which an eighth or more are to warm up, and a quarter at most.
+    """
     serve = scenario.serve
     assert serve is not None
     workload = serve.workload
     asked, rate = workload.num_requests, workload.arrivals.rate if workload.arrivals is not None else None
     if asked is None and rate is not None and workload.duration is not None and not workload.sessions:
         asked = int(rate * workload.duration) + 1
-    if asked is not None and asked <= most_requests:
+    requests = min(asked or most_requests, most_requests)
+    if asked == requests and (
+        rate is None
+        or (not stay_s and workload.warm_up < 0.75 * requests / rate)
+        or (stay_s and FILL * stay_s <= workload.warm_up <= requests / rate - WINDOW * stay_s)
+    ):
         return scenario
-    changes: dict[str, Any] = {"serve.workload.num_requests": most_requests}
-    if rate is not None:
-        quarter_s = most_requests / rate / 4
-        changes["serve.workload.warm_up"] = ParsedFloat(max(min(workload.warm_up, quarter_s), quarter_s / 2))
-    return scenario.what_if(changes)
+    if rate is None:
+        return scenario.what_if({"serve.workload.num_requests": requests})
+    if not stay_s:
+        quarter_s = requests / rate / 4
+        warm_up_s = max(min(workload.warm_up, quarter_s), quarter_s / 2)
+    else:
+        requests = max(requests, math.ceil((FILL + WINDOW) * stay_s * rate))
+        warm_up_s = FILL / (FILL + WINDOW) * requests / rate
+    changes = {"num_requests": requests, "duration": None, "warm_up": ParsedFloat(warm_up_s)}
+    return scenario.what_if({f"serve.workload.{name}": value for name, value in changes.items()})
+
+
+def _steady_run(
+    scenario: Scenario, draw: int, most_requests: int, stay_s: float, is_priced: bool
+) -> tuple[ServingResult, dict[str, Any], float]:
+    """Return a run that is long enough for its own requests' stay, its figures, and that stay in seconds.
+
+    Traffic is lengthened until it is, but not where the level is missed already, for a fuller fleet is slower. Where
+    requests stay the longer, the longer the traffic lasts, the queue grows without bound.
+    """
+    for left in reversed(range(LENGTHENED + 1)):
+        short = _length(scenario, most_requests, stay_s)
+        run, got = serve_once(short, draw, is_priced=is_priced)
+        arrivals, window = run.serve.workload.arrivals, got["window_s"]
+        found = max((got[name] or {"mean": 0.0})["mean"] for name in ("e2e_s", "session_s"))
+        is_full = window[0] >= FILL * found and window[1] - window[0] >= WINDOW * found
+        is_near = 0.8 * found <= stay_s
+        is_late = scenario.search is not None and _attained(got) < scenario.search.attainment
+        if arrivals is None or arrivals.rate is None or got["unstable"] or is_late or is_near or is_full:
+            break
+        if not left:
+            got["unstable"] = True
+        stay_s = found
+    return run, got, max(stay_s, found)
+
+
+def _attained(got: Mapping[str, Any]) -> float:
+    """Return the share of the requests of the worst class that completed within their level."""
+    attained = [level["attained_ratio"] for level in got["slo"].values() if level["attained_ratio"] is not None]
+    return min(attained, default=0.0) * got["completed"] / max(1, got["requests"])
 
 
 def simulate_fleet(
-    scenario: Scenario, *, draw: int = 0, most_requests: int = MOST_REQUESTS, is_priced: bool = True
+    scenario: Scenario,
+    *,
+    draw: int = 0,
+    most_requests: int = MOST_REQUESTS,
+    is_priced: bool = True,
+    stay_s: float = 0.0,
 ) -> dict[str, Any]:
-    """Return the figures of a fleet that serves the first ``most_requests`` of its traffic.
+    """Return the figures of a fleet in the steady state of its traffic, or over the first ``most_requests`` of a trace.
 
-    ``draw`` 0 is the fit and the scenario's seed, another a draw of calibration, traffic and model error. Prices are
-    those that ``simulate`` prints.
+    ``draw`` 0 is the fit and the scenario's seed, another a draw of calibration, traffic and model error. ``stay_s`` is
+    how long a request stays, where an earlier run told (``stay_s`` of its figures). Prices are as ``simulate`` prints.
     """
-    short = _shortened(scenario, most_requests)
-    run, got = serve_once(short, draw, is_priced=is_priced)
-    attained = [level["attained_ratio"] for level in got["slo"].values() if level["attained_ratio"] is not None]
+    run, got, stay_s = _steady_run(scenario, draw, most_requests, stay_s, is_priced)
     mean = {name: (got[name] or {}) for name in ("ttft_s", "tpot_s", "e2e_s")}
     complete = got["completed"] / max(1, got["requests"])
     tpot = mean["tpot_s"].get("mean")
-    pools = pools_of(short, short.serve)  # type: ignore[arg-type]
+    pools = pools_of(scenario, scenario.serve)  # type: ignore[arg-type]
     return {
         **{name: got[name] for name in got if name.startswith("usd_per_million")},
         "tpot_s": tpot, "tpot_p99_s": mean["tpot_s"].get("p99"), "ttft_s": mean["ttft_s"].get("mean"),
         "ttft_p99_s": mean["ttft_s"].get("p99"), "e2e_s": mean["e2e_s"].get("mean"),
-        "tokens_per_s_per_user": 1 / tpot if tpot else None, "attained": min(attained, default=0.0) * complete,
+        "tokens_per_s_per_user": 1 / tpot if tpot else None, "attained": _attained(got),
         "completed_ratio": complete, **_missed(run), "unstable": bool(got["unstable"]),
-        "num_gpus": float(sum(fleet_size(short, name) * part.deployment.num_gpus for name, part in pools.items())),
+        "num_gpus": float(sum(fleet_size(scenario, name) * part.deployment.num_gpus for name, part in pools.items())),
         "extrapolated": bool(got["extrapolated"]), "preemptions": float(got["preemptions"]),
-        "mean_decode_batch": _decode_batch(run),
+        "mean_decode_batch": _decode_batch(run), "stay_s": stay_s, "requests": float(len(run.records)),
     }  # fmt: skip
 
 
@@ -123,8 +175,8 @@ def is_met(figures: Mapping[str, Any], scenario: Scenario) -> bool:
     return not figures["unstable"] and figures["attained"] >= search_of(scenario).attainment
 
 
-def _drawn(scenario: Scenario, draw: int) -> dict[str, Any]:
-    return simulate_fleet(scenario, draw=draw)
+def _drawn(scenario: Scenario, stay_s: float, draw: int) -> dict[str, Any]:
+    return simulate_fleet(scenario, draw=draw, stay_s=stay_s)
 
 
 def spread_of(
@@ -153,44 +205,50 @@ def assess_fleet(scenario: Scenario, executor: Executor | None = None) -> dict[s
     if scenario.draws == 1:
         return {**figures, "probability": None}
     draws = range(1, scenario.draws + 1)
-    one = partial(_drawn, scenario)
+    one = partial(_drawn, scenario, figures["stay_s"])
     rows = list(executor.map(one, draws) if executor is not None else map(one, draws))
     met = sum(is_met(row, scenario) for row in rows)
     return {**figures, **spread_of(figures, rows), "probability": chance_of(met, len(rows))}
 
 
-def _rate_in_draw(scenario: Scenario, rtol: float, start: float, draw: int, factor: float = 2.0) -> Rate:
-    """Return the highest rate in one draw."""
+def _rate_in_draw(scenario: Scenario, rtol: float, start: float, stay_s: float, draw: int) -> Rate:
+    """Return the highest rate in one draw; ``start`` is near it."""
     serve = scenario.serve
     assert serve is not None
     rate = Traffic.of(scenario).requests_per_s
     is_trace = serve.workload.trace is not None
 
     def run(at: float) -> dict[str, Any]:
+        nonlocal stay_s
         key = "serve.workload.time_scale" if is_trace else "serve.workload.arrivals.rate"
         now = serve.workload.time_scale if is_trace else serve.workload.arrivals.rate  # type: ignore[union-attr]
         of = scenario.what_if({key: now * at / rate if is_trace else ParsedFloat(now * at / rate)})  # type: ignore[operator]
-        figures = simulate_fleet(of, draw=draw, most_requests=RATE_REQUESTS, is_priced=False)
-        return {**figures, "is_met": is_met(figures, scenario)}
+        figures = simulate_fleet(of, draw=draw, most_requests=RATE_REQUESTS, is_priced=False, stay_s=stay_s)
+        kept = is_met(figures, scenario)
+        if kept:
+            stay_s = figures["stay_s"]
+        return {**figures, "is_met": kept}
 
-    return max_rate(run, start, rtol=rtol, factor=factor)
+    return max_rate(run, start, rtol=rtol, factor=RATE_STEP)
 
 
-def highest_rate(scenario: Scenario, executor: Executor | None = None, *, rtol: float = 0.05) -> dict[str, Any]:
+def highest_rate(
+    scenario: Scenario, executor: Executor | None = None, *, rtol: float = 0.05, stay_s: float = 0.0
+) -> dict[str, Any]:  # fmt: skip
     """Return the highest rate of the scenario's traffic that its fleet serves within the level, its interval over
     draws, and what breaks just above it.
 
     Raises:
         CapacityError: no rate keeps it, or the workload has none.
     """
-    found = _rate_in_draw(scenario, rtol, Traffic.of(scenario).requests_per_s, 0)
+    found = _rate_in_draw(scenario, rtol, Traffic.of(scenario).requests_per_s, stay_s, 0)
     interval: dict[str, float] = {}
     if scenario.draws > 1:
-        one = partial(_rate_or_none, scenario, rtol, found.requests_per_s)
+        one = partial(_rate_or_none, scenario, 2 * rtol, found.requests_per_s, found.at_rate["stay_s"])
         draws = range(1, min(scenario.draws, MOST_RATE_DRAWS) + 1)
         rates = list(executor.map(one, draws) if executor is not None else map(one, draws))
-        low, high = np.quantile([rate or 0.0 for rate in rates], (0.05, 0.95))
-        interval = {"requests_per_s_p5": float(low), "requests_per_s_p95": float(high)}
+        centre = {"requests_per_s": found.requests_per_s}
+        interval = spread_of(centre, [{"requests_per_s": rate or 0.0} for rate in rates], centre)
     above = found.above or {}
     allowed = 1 - search_of(scenario).attainment
     late = {name: above.get(f"missed_{name}", 0.0) for name in ("ttft", "tpot", "e2e")}
@@ -213,10 +271,10 @@ def highest_rate(scenario: Scenario, executor: Executor | None = None, *, rtol: 
     }  # fmt: skip
 
 
-def _rate_or_none(scenario: Scenario, rtol: float, start: float, draw: int) -> float | None:
+def _rate_or_none(scenario: Scenario, rtol: float, start: float, stay_s: float, draw: int) -> float | None:
     """Return a draw's highest rate; None where none keeps the level."""
     try:
-        return _rate_in_draw(scenario, rtol, start, draw, RATE_STEP).requests_per_s
+        return _rate_in_draw(scenario, rtol, start, stay_s, draw).requests_per_s
     except CapacityError:
         return None
 

@@ -137,6 +137,9 @@ class ServeOutcome:
         ):  # fmt: skip
             if got[key] is not None:
                 shown = " / ".join(f"{got[key][at] * factor:.4g}" for at in ("mean", "p50", "p90", "p99"))
+                spread = ((self.intervals or {}).get(key) or {}).get("mean")
+                if spread:
+                    shown += f" (mean [{spread['p5'] * factor:.4g}, {spread['p95'] * factor:.4g}])"
                 rows.append((f"{name} mean / p50 / p90 / p99", shown, unit))
         for key, name, unit in (
             ("input_tokens_per_s", "input rate", "tokens/s"),
@@ -163,13 +166,18 @@ class ServeOutcome:
             rows.append(("idle share of the bill", f"{bill['idle'] / bill['total']:.1%}", ""))
         return rows
 
+    def _window(self) -> float:
+        """Return the seconds that rates and prices are over."""
+        start, end = self.figures["window_s"]
+        return float(end - start)
+
     def _parts(self) -> list[Scenario]:
         """Return the scenario of each pool."""
         assert self.scenario.serve is not None
         return list(pools_of(self.scenario, self.scenario.serve).values())
 
     def __str__(self) -> str:
-        lines = [f"{self.scenario.name}: {self.figures['duration_s']:.0f} s of traffic", "", table(self.rows())]
+        lines = [f"{self.scenario.name}: {self._window():.0f} s of traffic", "", table(self.rows())]
         if self.figures["unstable"]:
             rate = self.figures["sustainable_requests_per_s"]
             lines.append(f"UNSTABLE: the queue grows without bound; about {rate:.3g} requests/s can be kept up")

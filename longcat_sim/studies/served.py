@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from longcat_sim.capacity.op_times import op_times_of
+from longcat_sim.errors import WorkloadError
 from longcat_sim.ops.op import OpTimesLike
 from longcat_sim.simulation.serving.cluster import Engine
 from longcat_sim.simulation.serving.simulate import ServingResult, simulate_serving
@@ -62,6 +63,12 @@ def serve_once(
         trace_window_s=window,
     )  # fmt: skip
     figures = run.metrics()
+    if len(run.records) and not figures["requests"]:
+        last_s = float(run.records.numpy("arrival").max()) * 1e-9
+        raise WorkloadError(
+            f"{scenario.where}: serve.workload.warm_up: expected less than the traffic lasts ({last_s:.4g} s); got "
+            f"{serve.workload.warm_up:g} s, which leaves no request to count; shorten it or lengthen the traffic"
+        )
     if not is_priced:
         return run, figures
     steps = {name: StepFunction(part, times_of(part, draw)) for name, part in pools.items()}

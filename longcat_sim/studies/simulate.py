@@ -23,10 +23,13 @@ from longcat_sim.simulation.step import (
 )
 from longcat_sim.specs.scenario import Scenario
 from longcat_sim.studies.engines import pools_of
+from longcat_sim.studies.fleet_figures import FILL, WINDOW
 from longcat_sim.studies.result import ServeOutcome, StepOutcome
 from longcat_sim.studies.served import serve_once
 
 TRACE_WINDOW_S = (0.0, 60.0)
+FILLING = 0.2
+"""Share of the counted time during which a fleet may still be filling. Assumed."""
 Progress = Callable[[str], None]
 
 
@@ -64,6 +67,9 @@ def simulate_one_step(scenario: Scenario, op_times: OpTimesLike) -> StepOutcome:
     figures = {key: Interval.of(values) for key, values in step_figures(scenario, draws).items()}
     figures["memory_bytes_per_gpu"] = Interval.of([step.memory.total_bytes])
     notes = [*step.notes, *_op_notes(op_times, scenario, step)]
+    context, longest = step_size(scenario).context, scenario.model.max_position_embeddings
+    if float(np.max(context)) > longest:
+        notes.append(f"contexts of {float(np.max(context)):,.0f} tokens are beyond the model's {longest:,}")
     extrapolated = is_extrapolated(step.tags)
     if extrapolated:
         leaning = ", ".join(f"{tag} {share:.0%}" for tag, share in step.tags.items())
@@ -138,7 +144,7 @@ def simulate_traffic(
             if progress is not None:
                 progress(f"draw {draw} of {scenario.draws} for the intervals (--set draws=1 leaves them out)")
             drawn.append(serve_once(scenario, draw)[1])
-        intervals = metrics.intervals(drawn, run.interpolation_error)
+        intervals = metrics.intervals(figures, drawn, run.interpolation_error)
         figures["wall_s"] += sum(each["wall_s"] for each in drawn)
     notes = list(dict.fromkeys(notes))
     deployment = scenario.deployment
@@ -146,6 +152,25 @@ def simulate_traffic(
         notes.append(
             "a prompt's prefill is spread over all GPUs of its replica; with data-parallel attention one long prompt "
             "on an idle replica takes longer than that"
+        )
+    start, end = figures["window_s"]
+    stay = (figures["e2e_s"] or {}).get("p50", 0.0)
+    filling = max(0.0, FILL * stay - start) > FILLING * (end - start)
+    if (
+        serve.workload.arrivals is not None
+        and serve.workload.arrivals.rate
+        and (filling or end - start < WINDOW * stay)
+    ):
+        notes.append(
+            f"no steady state: the counted requests came between {start:.3g} and {end:.3g} s and take {stay:.3g} s "
+            "each (median), so that rates and prices hold the filling of the fleet; make the run longer, as by "
+            f"--set serve.workload.num_requests={serve.workload.arrivals.rate * 2 * (FILL + WINDOW) * stay:.0f} "
+            f"--set 'serve.workload.warm_up={FILL * stay:.0f} s'"
+        )
+    if serve.is_disaggregated and serve.replicas != 1:
+        notes.append(
+            f"serve.replicas = {serve.replicas} has no effect beside pools, which have their own: set "
+            "serve.prefill.replicas and serve.decode.replicas"
         )
     if scenario.price.utilisation != 1.0:
         notes.append("price.utilisation has no effect on traffic: idle time is simulated and stands in the bill")

@@ -18,7 +18,7 @@ from longcat_sim.capacity.reasons import fleet_rate
 from longcat_sim.capacity.screen import pareto, ranking, screen_steps
 from longcat_sim.capacity.search import search_steps
 from longcat_sim.errors import CapacityError, SpecError
-from longcat_sim.simulation.step import step_seconds_many
+from longcat_sim.simulation.step import step_memory, step_seconds_many
 from longcat_sim.specs.scenario import Scenario, scenario
 
 DOCUMENT = {
@@ -47,10 +47,30 @@ def assess(of: Scenario, limit_s: float | None) -> dict[str, float]:
     return samples.assess(of, Roofline(of.hardware), limit_s, draws=4)
 
 
-def test_memory_is_affine_in_the_batch(base: Scenario) -> None:
+def test_the_fullest_gpu_decides_what_fits(base: Scenario) -> None:
+    """Contexts that are spread over ranks fill one of them first: the one that the others also wait for."""
     room = room_of(base, 4000)
     assert memory_at(base, int(room), 4000).fits
     assert not memory_at(base, int(room) + 1, 4000).fits
+    spread = base.what_if({"step.context_spread": 1.0})
+    assert 0.5 * room < room_of(spread, 4000) < 0.95 * room
+    assert step_memory(spread).parts["kv_cache"] > 1.05 * step_memory(base).parts["kv_cache"]
+
+
+def test_the_fewest_gpus_are_those_of_the_fleet(base: Scenario) -> None:
+    """Not those of one replica, of which many would be needed."""
+    asked = base.what_if({"search.output_tokens_per_s": 200_000.0, "search.objective": "num_gpus"})
+    screened = screen_steps(asked, Roofline)
+    best = int(np.argmin(ranking(screened, asked)))
+    made = screened.columns["tokens_per_s_per_gpu"] * screened.columns["num_gpus"]
+    gpus = np.ceil(200_000.0 / made) * screened.columns["num_gpus"]
+    assert gpus[best] == gpus.min()
+    alone = base.what_if({"search.objective": "num_gpus"})
+    fewest = screened.columns["num_gpus"] == screened.columns["num_gpus"].min()
+    cheapest = int(np.argmin(ranking(screened, alone)))
+    usd = screened.columns["usd_per_million_output_tokens"]
+    assert fewest[cheapest]
+    assert usd[cheapest] == usd[fewest].min()  # of equal ones the cheapest token, not the smallest batch
 
 
 def test_screening_is_the_step_model(base: Scenario) -> None:

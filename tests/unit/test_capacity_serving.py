@@ -8,11 +8,13 @@ import pytest
 from longcat_sim.capacity.op_times import op_times_of
 from longcat_sim.capacity.screen_serving import screen_fleets
 from longcat_sim.capacity.traffic import Traffic
-from longcat_sim.errors import CapacityError
+from longcat_sim.errors import CapacityError, SpecError, WorkloadError
 from longcat_sim.specs.scenario import Scenario, scenario
 from longcat_sim.studies.capacity_serving import serving_capacity
 from longcat_sim.studies.engines import StepFunction
 from longcat_sim.studies.fleet_figures import assess_fleet, highest_rate, is_met, simulate_fleet
+from longcat_sim.studies.served import serve_once
+from longcat_sim.studies.simulate import simulate
 
 DOCUMENT = {
     "model": "llama-3.1-8b", "hardware": "h100-sxm",
@@ -113,3 +115,36 @@ def test_a_first_token_below_the_physical_limit_says_the_limit(base: Scenario) -
 def test_a_probability_that_the_draws_cannot_show_says_how_many_can(base: Scenario) -> None:
     with pytest.raises(CapacityError, match=r"at most 0\.900, which 4 draws .*got 0\.95; .*set draws: 9"):
         serving_capacity(base.what_if({"search.probability": 0.95, "draws": 4}))
+
+
+def test_a_fleet_is_judged_when_it_holds_what_it_will_hold(base: Scenario) -> None:
+    """Whatever length of traffic the scenario has: 300 requests of 20 /s end before a replica has filled."""
+    stays = {"serve.workload.output_tokens": 600, "serve.workload.arrivals.rate": "20 /s"}
+    short = base.what_if({**stays, "serve.workload.num_requests": 300, "serve.workload.warm_up": "1 s"})
+    long = base.what_if({**stays, "serve.workload.num_requests": 3500, "serve.workload.warm_up": "60 s"})
+    got, steady = simulate_fleet(short), simulate_fleet(long)
+    assert got["requests"] > 450
+    assert got["tpot_s"] == pytest.approx(steady["tpot_s"], rel=0.05)
+    name = "usd_per_million_output_tokens_all_in"
+    assert got[name] == pytest.approx(steady[name], rel=0.1)
+    assert got[name] == pytest.approx(2 * 2.0 / 3600 / (20 * 600) * 1e6, rel=0.1)  # the fleet over what is asked of it
+
+
+def test_settings_that_traffic_does_not_know_are_refused_or_named(base: Scenario) -> None:
+    with pytest.raises(CapacityError, match=r"search\.tpot: expected none under traffic"):
+        serving_capacity(base.what_if({"search.tpot": "10 ms"}))
+    split = base.what_if({"serve.prefill": {"replicas": 1}, "serve.decode": {"replicas": 1}})
+    assert any("serve.replicas = 2 has no effect beside pools" in note for note in simulate(split).notes)
+    with pytest.raises(WorkloadError, match=r"warm_up: expected less than the traffic lasts"):
+        serve_once(base.what_if({"serve.workload.warm_up": "1 h"}))
+    with pytest.raises(SpecError, match="greater than or equal to 0"):
+        base.what_if({"seed": -1})
+
+
+@pytest.mark.slow
+def test_headroom_is_what_is_left_without_the_spares(base: Scenario) -> None:
+    plain, spare = serving_capacity(base), serving_capacity(base.what_if({"search.spare_replicas": 1}))
+    assert spare.max_rate_at_slo["num_gpus"] > plain.max_rate_at_slo["num_gpus"]
+    rates = [found.max_rate_at_slo["requests_per_s"] for found in (plain, spare)]
+    assert rates[1] == pytest.approx(rates[0], rel=0.15)
+    assert "without its spares" in str(spare)

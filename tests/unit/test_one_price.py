@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from longcat_sim.capacity.price import paid_window
 from longcat_sim.cli import main
+from longcat_sim.simulation.metrics import counted_window_s
 from longcat_sim.specs.scenario import Scenario, scenario
 from longcat_sim.studies.fleet_figures import assess_fleet, simulate_fleet
 from longcat_sim.studies.served import serve_once
@@ -19,7 +19,7 @@ SHARED = {
     "deployment": {"num_gpus": 1, "precision": {"weights": "bf16", "attention": "bf16", "kv_cache": "bf16"}},
     "serve": {
         "workload": {
-            "arrivals": {"process": "poisson", "rate": "30 /s"}, "num_requests": 1200, "warm_up": "5 s",
+            "arrivals": {"process": "poisson", "rate": "30 /s"}, "num_requests": 1200, "warm_up": "12 s",
             "input_tokens": {"distribution": "exponential", "mean": 500},
             "output_tokens": {"distribution": "exponential", "mean": 200},
         },
@@ -74,10 +74,10 @@ def test_lines_and_tokens_add_up_to_gpu_hours_times_price(fleet: Scenario) -> No
 
 
 def test_gpu_hours_cover_the_window_of_the_tokens(fleet: Scenario) -> None:
-    """A fixed fleet is paid from the warm-up's end to the last arrival: near 1200 / 30 - 5 s."""
+    """A fixed fleet is paid from the warm-up's end to the last arrival: near 1200 / 30 - 12 s."""
     _, got = serve_once(fleet)
-    start, end = got["paid_window_s"]
-    assert start == 5.0
+    start, end = got["window_s"]
+    assert start == 12.0
     assert end == pytest.approx(40, abs=5)
     gpus = {"shared": 2, "prefill": 1, "decode": 2}
     for pool, hours in got["gpu_hours_by_pool"].items():
@@ -99,17 +99,29 @@ def test_the_price_is_that_of_the_load_whatever_the_length_of_the_run(fleet: Sce
 def test_a_fleet_that_cannot_keep_up_is_paid_until_it_is_done() -> None:
     crowded = scenario(SHARED, {"serve.workload.arrivals.rate": "400 /s", "serve.workload.warm_up": "0 s"})
     run, got = serve_once(crowded)
-    assert got["paid_window_s"][1] == pytest.approx(float(run.records.numpy("last").max()) * 1e-9)
+    assert got["window_s"][1] == pytest.approx(float(run.records.numpy("last").max()) * 1e-9)
     assert got["bill_usd"]["idle"] >= 0
 
 
 def test_a_window_ends_with_the_last_arrival_only_in_a_steady_state() -> None:
-    arrival, last = np.arange(0.0, 100.0), np.arange(0.0, 100.0) + 10
-    assert paid_window(arrival, last) == (0.0, 99.0)
-    assert paid_window(arrival, last, warm_up_s=20.0) == (20.0, 99.0)
-    assert paid_window(arrival, last, is_unstable=True) == (0.0, 109.0)
-    assert paid_window(np.zeros(5), np.full(5, 3.0)) == (0.0, 3.0)  # a batch: there is no rate to price
-    assert paid_window(np.empty(0), np.empty(0), warm_up_s=2.0) == (2.0, 2.0)
+    arrival = np.arange(0.0, 100.0) * 1e9
+    last = arrival + 10e9
+    assert counted_window_s(arrival, last) == pytest.approx((0.0, 99.0))
+    assert counted_window_s(arrival, last, warm_up_s=20.0) == pytest.approx((20.0, 99.0))
+    assert counted_window_s(arrival, last, is_unstable=True) == pytest.approx((0.0, 109.0))
+    batch = np.zeros(5), np.full(5, 3e9)  # there is no rate to price
+    assert counted_window_s(*batch) == pytest.approx((0.0, 3.0))
+    assert counted_window_s(np.empty(0), np.empty(0), warm_up_s=2.0) == (2.0, 2.0)
+
+
+def test_rates_times_prices_are_what_an_hour_costs(fleet: Scenario) -> None:
+    """However long the last request takes: rates and bill are over one window."""
+    _, got = serve_once(fleet.what_if({"serve.workload.output_tokens": {"distribution": "exponential", "mean": 400}}))
+    start, end = got["window_s"]
+    assert got["duration_s"] > end - start
+    per_hour = got["bill_usd"]["total"] / (end - start) * 3600
+    priced = got["output_tokens_per_s"] * got["usd_per_million_output_tokens_all_in"] * 3600 / 1e6
+    assert priced == pytest.approx(per_hour, rel=1e-9)
 
 
 def test_the_search_prints_the_price_that_simulate_prints(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:

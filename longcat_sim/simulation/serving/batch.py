@@ -36,7 +36,7 @@ class Batch:
         self.max_num_seqs = scheduler.max_num_seqs
         self.budget = scheduler.max_num_batched_tokens
         self.is_chunked = scheduler.chunked_prefill
-        self.chunk_limit = scheduler.long_prefill_token_threshold or self.budget
+        self.chunk_limit = scheduler.long_prefill_token_threshold or 1 << 62
         self.multi_step = scheduler.multi_step
         self.drafts: Drafts | None = pool.make_drafts()
         per_step = 1 + (self.drafts.num_tokens if self.drafts else 0)
@@ -226,7 +226,9 @@ class Batch:
         """Try to admit the head of the queue: tokens of its first chunk; 0: nothing to compute now; or ``BLOCKED``."""
         total = self._prompt_blocks(request)
         cache = self.cache
-        if request.is_remote:
+        if request.is_remote:  # it decodes at once: the slots of its next steps count too
+            slots = request.prompt + 1 + self.reserve + self.multi_step * self.tokens_per_sequence
+            total = (slots + self.block_tokens - 1) // self.block_tokens
             if not self._fits(total, self.multi_step, self.watermark):
                 return BLOCKED
             self._evict(total, self.multi_step)
@@ -258,11 +260,11 @@ class Batch:
                     return 0
         else:
             hit = 0
-        tokens = request.prompt - hit * size
-        if tokens > budget or tokens > self.chunk_limit:
+        tokens = min(request.prompt - hit * size, self.chunk_limit)  # as vLLM: the threshold cuts before the budget
+        if tokens > budget:
             if not self.is_chunked:
                 return BLOCKED
-            tokens = min(budget, self.chunk_limit)
+            tokens = budget
         if not self._fits(total - hit + match[3], self.multi_step, self.watermark):
             return BLOCKED
         if loaded > 0:

@@ -172,8 +172,13 @@ class Cluster:
             if need > pool.kv_blocks - replica.watermark:
                 have = pool.kv_blocks - replica.watermark
                 return f"needs {need} KV blocks of {size} tokens; a {pool.name} replica has {have}"
-            if not replica.is_chunked and request.prompt > replica.budget:
-                return f"prompt of {request.prompt} tokens exceeds max_num_batched_tokens without chunked prefill"
+            # what is preempted is computed again, with the tokens that it had generated
+            longest = min(request.input if pool.is_prefill else total - 1, replica.chunk_limit)
+            if not replica.is_chunked and longest > replica.budget:
+                again = "" if longest <= request.prompt else f" ({longest} if it is preempted)"
+                return (
+                    f"prompt of {request.prompt} tokens{again} exceeds max_num_batched_tokens without chunked prefill"
+                )
         return ""
 
     def _dispatch(self, request: Request) -> None:
@@ -329,6 +334,7 @@ class Cluster:
         """Stop a drained replica."""
         if replica.is_up:
             self._stop(replica)
+            replica.cache.clear()
             replica.version += 1
 
     def _on_fault(self, fault: Fault, _: Any = None) -> None:
@@ -374,7 +380,8 @@ class Cluster:
             up = [r for r in pool.replicas if r.is_up and not r.is_draining]
             waiting = sum(len(r.waiting) for r in pool.live) + len(self.held)
             running = sum(r.num_running for r in pool.live)
-            if waiting > scaler.scale_up_queue * max(1, len(up)) and len(up) < scaler.max_replicas:
+            is_wanted = waiting > scaler.scale_up_queue * max(1, len(up)) and len(up) < scaler.max_replicas
+            if is_wanted or len(up) < scaler.min_replicas:
                 idle = next((r for r in pool.replicas if not r.is_up), None)
                 if idle is not None:
                     self._start(idle, True)

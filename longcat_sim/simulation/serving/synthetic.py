@@ -14,6 +14,8 @@ from longcat_sim.specs.serve import Arrivals, Delay, Serve, TokenCounts
 
 CHUNK = 4096
 NS = 1_000_000_000
+REFUSED_NS = NS
+"""What a looping user waits after a refusal or a failure before it asks again. Assumed."""
 IntArray = npt.NDArray[np.int64]
 
 
@@ -165,12 +167,12 @@ class Synthetic:
     def _first(self, time: int, number: int) -> Request:
         """Return the first request of a session or of a looping user."""
         self.sent += 1
-        request = Request(0, time, self.inputs.one(number), self.outputs.one(number))
+        system = self.sessions.system_prompt_tokens if self.sessions else 0
+        request = Request(0, time, self.inputs.one(number) + system, self.outputs.one(number))
         request.session = number
         request.slo_class = self._class(number)
         request.priority = self.priorities[request.slo_class]
         if self.sessions:
-            request.input += self.sessions.system_prompt_tokens
             self._shape(request)
         return request
 
@@ -190,8 +192,8 @@ class Synthetic:
         request.chain = [*shared, (range(first, first + own), 1)]
 
     def follow_up(self, request: Request, now: int, is_answered: bool) -> Request | None:
-        """Return the request that an answered one causes, or None."""
-        if not is_answered:
+        """Return the request that one causes, or None. A refused turn ends its session; a looping user goes on."""
+        if self.sessions is not None and not is_answered:
             return None
         if self.sessions is None:
             if self.arrivals.process != "closed_loop" or self.sent >= self.most:
@@ -200,6 +202,7 @@ class Synthetic:
             number = request.session + turn * (1 << 20)
             think = self.arrivals.think_time
             time = now + (delay_ns(think, self.seed, draws.THINK, number) if think else 0)
+            time += 0 if is_answered else REFUSED_NS
             if time > self.until:
                 return None
             self.sent += 1

@@ -16,6 +16,8 @@ from longcat_sim.specs.serve import Serve, TraceFormat, Workload
 MOONCAKE_BLOCK_TOKENS = 512
 """Tokens behind one entry of ``hash_ids``. Source: Mooncake FAST'25 release, README of the traces."""
 LISTED_FAULTS = 20
+EPOCH_S = 1e8
+"""A first arrival later than this (three years) is an epoch clock: time then starts with it."""
 
 
 @dataclass
@@ -154,7 +156,7 @@ class TraceReader:
             last = 0
             for number, row in _rows(iter(file), workload.format, self.faults):
                 if self.count >= most:
-                    return
+                    break
                 if isinstance(row, str):
                     self.faults.add(number, row)
                     continue
@@ -164,9 +166,7 @@ class TraceReader:
                     self.faults.add(number, problem)
                     continue
                 if start is None:
-                    start = 0.0 if workload.format != "azure" else seconds
-                    if workload.format == "mooncake" and seconds > 1e8:
-                        start = seconds  # an epoch clock
+                    start = seconds if workload.format == "azure" or seconds > EPOCH_S else 0.0
                 arrival = round((seconds - start) / workload.time_scale * 1e9)
                 if arrival < last:
                     self.faults.add(
@@ -174,7 +174,7 @@ class TraceReader:
                     )
                     continue
                 if arrival > until:
-                    return
+                    break
                 last = arrival
                 self.count += 1
                 yield self._request(arrival, input_tokens, output_tokens, rest)
