@@ -1,8 +1,7 @@
 """Kinds of op that nobody measured on a device take the law of the device on which they are likeliest to be alike.
 
-A data sheet's roofline alone is half of what kernels take (median over 17 kinds and nine GPUs, rms of the logarithm
-1.0); a law of another generation, scaled by both data sheets, has no such bias (rms 0.4). `validate --section
-transfer` prints both.
+Over a LongCat-Flash decode step on ten GPUs whose own times are known, a data sheet's roofline alone comes to 43 to
+81 % of them, lent laws to 62 to 109 % (`validate --section transfer`).
 """
 
 from __future__ import annotations
