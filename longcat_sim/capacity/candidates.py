@@ -129,8 +129,7 @@ def shapes(scenario: Scenario, *, weight: int = 1) -> tuple[list[Shape], Rejecte
         except SpecError as error:
             rejected.add("links", error.faults[0], weight)
             continue
-        room = room_of(shape.scenario)
-        if room < 1:
+        if not memory_at(shape.scenario, 1.0, 1.0).fits:
             rejected.add("memory", f"{shape.label}: weights and buffers leave no room for KV cache", weight)
             continue
         found.append(shape)
@@ -139,29 +138,36 @@ def shapes(scenario: Scenario, *, weight: int = 1) -> tuple[list[Shape], Rejecte
 
 def memory_at(scenario: Scenario, sequences_per_gpu: float, context: float) -> Memory:
     """Return what the fullest GPU holds in a decode step of this batch of mean ``context``."""
+    return _memory(scenario, sequences_per_gpu, float(slowest_context(scenario, sequences_per_gpu, context)))
+
+
+def _memory(scenario: Scenario, sequences_per_gpu: float, tokens_per_sequence: float) -> Memory:
     queries = 1 + scenario.speculative.draft_tokens
-    fullest = float(slowest_context(scenario, sequences_per_gpu, context))
     return memory(
         scenario.model, scenario.deployment, scenario.hardware, sequences_per_gpu=sequences_per_gpu,
-        tokens_per_sequence=fullest, rows_per_gpu=sequences_per_gpu * queries,
+        tokens_per_sequence=tokens_per_sequence, rows_per_gpu=sequences_per_gpu * queries,
         speculative=scenario.speculative.draft_tokens > 0, routing=scenario.routing,
     )  # fmt: skip
 
 
 def room_of(scenario: Scenario, context: float = 1.0) -> float:
-    """Return the most sequences per GPU of mean ``context`` that fit on the fullest GPU; 0: not even one."""
+    """Return the most sequences per GPU of mean ``context`` that fit on the fullest GPU; 0: not even one.
+
+    Every part of the memory check is affine in the sequences and in their tokens.
+    """
     from scipy.optimize import brentq
 
+    one, two, token = _memory(scenario, 1.0, 0.0), _memory(scenario, 2.0, 0.0), _memory(scenario, 1.0, 1.0)
+    each, per_token = two.total_bytes - one.total_bytes, token.total_bytes - one.total_bytes
+
     def free(sequences: float) -> float:
-        found = memory_at(scenario, sequences, context)
-        return found.capacity_bytes - found.total_bytes
+        held = sequences * float(slowest_context(scenario, sequences, context)) * per_token
+        return one.capacity_bytes - one.total_bytes - (sequences - 1) * each - held
 
     if free(1.0) < 0:
         return 0.0
-    high = 2.0
-    while free(high) >= 0:
-        high *= 2
-    return float(brentq(free, high / 2, high, rtol=1e-9))
+    even = 1 + (one.capacity_bytes - one.total_bytes - context * per_token) / (each + context * per_token)
+    return even if free(even) >= 0 else float(brentq(free, 1.0, even, rtol=1e-6))
 
 
 def batches_of(scenario: Scenario) -> FloatArray:

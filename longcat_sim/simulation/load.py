@@ -187,12 +187,12 @@ def draw_contexts(
 
 def busiest_context(spread: float, sequences: FloatArray, ranks: int) -> FloatArray:
     """Return the expected mean context of the rank with the longest ones, over the mean [points, 1]."""
-    from scipy.stats import gamma
+    from scipy.special import gammaincinv  # of the gamma distribution that sums of contexts follow
 
     sequences = np.asarray(sequences, dtype=float)
     holding = np.clip(sequences * ranks, 1.0, ranks)  # below one sequence a rank, some have none
     shape = np.maximum(sequences, 1.0) / spread**2
-    longest = gamma.ppf(largest_quantile(holding), shape) / shape
+    longest = gammaincinv(shape, largest_quantile(holding)) / shape
     return np.asarray(np.where(holding > 1, np.maximum(longest, 1.0), 1.0))
 
 

@@ -39,11 +39,11 @@ class Owned(Part):
 class Price(Part):
     """What a GPU-hour costs.
 
-    ``rental`` GPUs are paid for while they are up: replicas that an autoscaler drained, and lost ones, cost nothing.
-    ``owned`` ones cost what their purchase does per hour.
+    ``rental`` and ``owned`` GPUs are paid for every hour, ``on_demand`` ones only while their replica is up: what an
+    autoscaler has drained, or a fault has taken, costs nothing then.
     """
 
-    basis: Literal["rental", "owned"] = "rental"
+    basis: Literal["rental", "on_demand", "owned"] = "rental"
     usd_per_gpu_hour: float | None = Field(default=None, gt=0)
     """The hardware profile's price where not given."""
     hardware_usd_per_gpu_hour: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)

@@ -29,8 +29,12 @@ class FleetBill:
         return {**self.bill.figures(), "gpu_hours_by_pool": self.gpu_hours_by_pool}
 
 
-def fleet_bill(run: ServingResult, steps: Mapping[str, StepFunction], usd_per_gpu_hour: float) -> FleetBill:
+def fleet_bill(
+    run: ServingResult, steps: Mapping[str, StepFunction], usd_per_gpu_hour: float, *, is_on_demand: bool = False
+) -> FleetBill:
     """Return the bill of a run. ``steps`` has the step function of each pool; each pool pays its own device's price.
+
+    Every replica that a pool may have is paid for all the time, or with ``is_on_demand`` for its share of uptime.
 
     GPU-hours and tokens are those of ``counted_window_s``: requests of the warm-up are in neither. The rule for
     replicas that mix prefill and decode: busy GPU-seconds are split in the ratio of what the prompt tokens and the
@@ -43,7 +47,12 @@ def fleet_bill(run: ServingResult, steps: Mapping[str, StepFunction], usd_per_gp
     window = counted_window_s(
         arrival[done], columns.numpy("last")[done], warm_up_s=warm_up, is_unstable=stability(run)[0]
     )
-    pools = {name: _work(pool, run, steps[name], done, window) for name, pool in run.pools.items()}
+    length = window[1] - window[0]
+    pools = {}
+    for name, pool in run.pools.items():
+        whole = float(pool.num_replicas * pool.num_gpus)
+        up = min(whole, pool.gpu_hours * 3600.0 / max(run.duration_s, 1e-9)) if is_on_demand else whole
+        pools[name] = _work(pool, run, steps[name], done, window, up * length)
     return FleetBill(
         bill(list(pools.values()), usd_per_gpu_hour),
         {name: work.paid_gpu_s / 3600.0 for name, work in pools.items()},
@@ -56,13 +65,13 @@ def fleet_bill(run: ServingResult, steps: Mapping[str, StepFunction], usd_per_gp
 
 
 def _work(
-    pool: PoolUse, run: ServingResult, step: StepFunction, done: npt.NDArray[np.bool_], window: tuple[float, float]
-) -> Work:
+    pool: PoolUse, run: ServingResult, step: StepFunction, done: npt.NDArray[np.bool_], window: tuple[float, float],
+    paid: float,
+) -> Work:  # fmt: skip
     columns = run.records
     inputs, outputs = columns.numpy("input")[done].astype(float), columns.numpy("output")[done].astype(float)
     cached = columns.numpy("cached")[done].astype(float)
     length = window[1] - window[0]
-    paid = pool.gpu_hours * 3600.0 * length / max(run.duration_s, 1e-9)
     busy = min(pool.busy_s * pool.num_gpus * _share_within(pool, run, window), paid)
     does_prefill, does_decode = pool.name != "decode", pool.name != "prefill"
     output_alone = prefill_alone = cached_share = 0.0

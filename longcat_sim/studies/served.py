@@ -72,7 +72,8 @@ def serve_once(
     if not is_priced:
         return run, figures
     steps = {name: StepFunction(part, times_of(part, draw)) for name, part in pools.items()}
-    paid = fleet_bill(run, steps, scenario.usd_per_gpu_hour)
+    on_demand = scenario.price.basis == "on_demand"
+    paid = fleet_bill(run, steps, scenario.usd_per_gpu_hour, is_on_demand=on_demand)
     figures |= paid.figures()
     for name, pool in run.pools.items():
         replica_s = paid.gpu_hours_by_pool[name] * 3600.0 / pool.num_gpus

@@ -114,6 +114,22 @@ def test_a_window_ends_with_the_last_arrival_only_in_a_steady_state() -> None:
     assert counted_window_s(np.empty(0), np.empty(0), warm_up_s=2.0) == (2.0, 2.0)
 
 
+def test_what_is_drained_costs_nothing_on_demand_alone() -> None:
+    """A fleet that an autoscaler halves is paid whole where it is rented; one that never changes costs the same."""
+    for scaled in (False, True):
+        of = scenario(SHARED, {"serve.workload.arrivals.rate": "5 /s", "serve.workload.num_requests": 300})
+        if scaled:
+            of = of.what_if({"serve.replicas": 1, "serve.autoscaler": {"max_replicas": 2, "interval": "1 s"}})
+        rented, on_demand = (
+            serve_once(of.what_if({"price": {"usd_per_gpu_hour": 2.5, "basis": basis}}))[1]
+            for basis in ("rental", "on_demand")
+        )
+        start, end = rented["window_s"]
+        assert rented["bill_usd"]["total"] == pytest.approx(2 * 2.5 * (end - start) / 3600)
+        share = on_demand["bill_usd"]["total"] / rented["bill_usd"]["total"]
+        assert share == pytest.approx(0.5, abs=0.1) if scaled else share == pytest.approx(1.0)
+
+
 def test_rates_times_prices_are_what_an_hour_costs(fleet: Scenario) -> None:
     """However long the last request takes: rates and bill are over one window."""
     _, got = serve_once(fleet.what_if({"serve.workload.output_tokens": {"distribution": "exponential", "mean": 400}}))
