@@ -22,7 +22,8 @@ OTHER_ARCHITECTURE = 0.18
 OCTAVE_OF_BALANCE = 0.11
 OCTAVE_OF_BANDWIDTH = 0.03
 """Median |error| (log) that carrying a law adds: for another generation of cores, per octave of peak over bandwidth,
-and per octave of bandwidth. Least squares over the 70 pairs of nine GPUs with tables (correlation 0.87)."""
+and per octave of bandwidth. Least squares over the 70 pairs of nine GPUs with tables (2026-11-24, correlation 0.87; no
+command repeats it). They only rank lenders: intervals have errors of their own (``transfer_spread``)."""
 REACH = 0.7
 """Expected error beyond which nothing is lent: a data sheet's roofline alone misses by as much. A GPU is further than
 that from a CPU."""

@@ -64,7 +64,7 @@ class StepResult:
         return self.timeline.spans(ranks, layers)
 
     def middle_layer(self) -> int:
-        """Return a layer in steady state: the middle of the longest block of layers."""
+        """Return a layer in steady state: the middle one of all that are no plain block."""
         layers = [item.layer for item in self.timeline.program.items if item.block not in _PLAIN_BLOCKS]
         return sorted(set(layers))[len(set(layers)) // 2] if layers else 0
 
