@@ -26,9 +26,11 @@ from longcat_sim.errors import CapacityError, UserError
 from longcat_sim.ops.op import FloatArray
 from longcat_sim.simulation.step import replica_kv_tokens
 from longcat_sim.specs.scenario import Scenario
+from longcat_sim.specs.serve import Scheduler
 
-StepFn = Callable[[FloatArray, FloatArray, FloatArray, FloatArray], FloatArray]
-"""(decode batch, mean context, prefill tokens, keys per prefill query) of a replica -> seconds [N]."""
+StepFn = Callable[[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray], FloatArray]
+"""(decode batch, mean context, prefill tokens of the fullest rank times the ranks, keys per prefill query, share of
+those tokens that all ranks have together) of a replica -> seconds [N]."""
 StepFunctionOf = Callable[[Scenario], StepFn]
 
 
@@ -43,7 +45,9 @@ class Curve:
     prompt_extra_s: FloatArray
     """What a prompt adds to the steps that carry it, beside a decode batch [B]."""
     prompt_alone_s: float
-    """A prompt on an idle replica."""
+    """A prompt on an idle replica, on one of its data-parallel ranks."""
+    prompt_step_s: float
+    """One step of that: what the next prompt may have to wait for."""
     prompt_share_s: float
     """A prompt's share of a full prefill step: what limits a prefill pool."""
     usd_per_hour: float
@@ -85,22 +89,32 @@ def curve(shape: Shape, step: StepFn, traffic: Traffic) -> Curve:
     chunks = int(np.ceil(traffic.computed_tokens / budget))
     tokens = traffic.computed_tokens / chunks
     keys = max(traffic.prompt_keys, (tokens + 1) / 2)
+    ranks = shape.scenario.deployment.dp_size
+    turns = prompt_turns(scheduler, ranks, traffic.computed_tokens)
+    own = traffic.computed_tokens / turns
     many = np.concatenate
     one = np.ones(len(batch))
     zero = np.zeros(len(batch))
-    # every point in one call: decode alone, a prompt's chunk beside the batch, a prompt alone, a full prefill step
+    # every point in one call: decode alone, a prompt's chunk beside the batch (on all ranks, as when others' are there
+    # too), a prompt's chunk alone, a full prefill step
     seconds = step(
         many([batch, batch, [0.0, 0.0]]),
         many([one * traffic.decode_context, one * traffic.decode_context, [1.0, 1.0]]),
-        many([zero, one * tokens, [tokens, budget]]),
-        many([one, one * keys, [keys, min(keys, (budget + 1) / 2)]]),
+        many([zero, one * tokens, [own * ranks, budget]]),
+        many([one, one * keys, [max(traffic.prompt_keys, (own + 1) / 2), min(keys, (budget + 1) / 2)]]),
+        many([one, one, [1.0 / ranks, 1.0]]),
     )
     n = len(batch)
-    alone = seconds[:n]
+    alone, chunk_s, full_s = seconds[:n], float(seconds[-2]), float(seconds[-1])
     return Curve(
-        shape, batch, alone, np.maximum(seconds[n : 2 * n] - alone, 0.0) * chunks, float(seconds[-2]) * chunks,
-        float(seconds[-1]) * traffic.computed_tokens / budget, shape.scenario.usd_per_gpu_hour * shape.num_gpus,
+        shape, batch, alone, np.maximum(seconds[n : 2 * n] - alone, 0.0) * chunks, chunk_s * turns, chunk_s,
+        full_s * traffic.computed_tokens / budget, shape.scenario.usd_per_gpu_hour * shape.num_gpus,
     )  # fmt: skip
+
+
+def prompt_turns(scheduler: Scheduler, ranks: int, tokens: float) -> int:
+    """Return the steps of a prompt: a data-parallel rank has its share of the token budget."""
+    return int(np.ceil(tokens * ranks / scheduler.max_num_batched_tokens)) if scheduler.chunked_prefill else 1
 
 
 def ttft_floor_s(scenario: Scenario, tokens: float) -> float:
@@ -180,8 +194,10 @@ def _figures(
     }  # fmt: skip
 
 
-def _waiting(load: float, service_s: float) -> float:
-    return load * service_s / (2 * (1 - load))
+def _waiting(load: float, service_s: float, step_s: float | None = None) -> float:
+    """Return the mean wait of M/D/1: for the rest of the step under way (one lasts ``step_s``), then for the queue."""
+    rest = service_s if step_s is None else step_s
+    return load * rest / 2 + load**2 * service_s / (2 * (1 - load))
 
 
 def _shared(
@@ -236,7 +252,8 @@ def _split(
         for count in counts(one, 1 / one.prompt_share_s):
             load = traffic.requests_per_s / (count - spare) * one.prompt_share_s
             if load < 0.999:
-                prefills.append((one, count, one.prompt_alone_s + _waiting(load, one.prompt_alone_s), load))
+                wait = _waiting(load, one.prompt_share_s, one.prompt_step_s)
+                prefills.append((one, count, one.prompt_alone_s + wait, load))
         carried = np.maximum.accumulate(one.requests_per_s(traffic.output_tokens, per_step, shared=False))
         for count in counts(one, float(carried[-1])):
             each = traffic.requests_per_s / (count - spare)

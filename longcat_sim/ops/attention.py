@@ -37,11 +37,19 @@ class StepSize:
     """Positions that the last of them attends to."""
     beside: StepSize | None = None
     """Sequences that decode in the same pass as a prefill (a mixed step): products see the rows of both."""
+    fill: Any = 1.0
+    """All ranks' sequences over those of as many ranks that are as full as this one: 1 where all hold the same."""
 
     @property
     def rows(self) -> Any:
         """Tokens computed per GPU."""
         own = self.sequences * self.queries
+        return own if self.beside is None else own + self.beside.rows
+
+    def mean_rows(self, ranks: int, tp_size: int) -> Any:
+        """Return the tokens per GPU of a group of ``ranks`` that holds this one: at least this one's are there."""
+        share = np.minimum(np.maximum(self.fill, tp_size / ranks), 1.0)
+        own = self.sequences * self.queries * share
         return own if self.beside is None else own + self.beside.rows
 
     @property
@@ -56,7 +64,7 @@ class StepSize:
         if parts == 1:
             return self
         beside = self.beside.part(parts) if self.beside else None
-        return StepSize(self.phase, self.sequences / parts, self.queries, self.context, beside)
+        return replace(self, sequences=self.sequences / parts, beside=beside)
 
 
 def gemm(name: str, m: Any, n: int | float, k: int | float, dtype: str) -> Ops:

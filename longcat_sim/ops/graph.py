@@ -160,11 +160,12 @@ def layer_segments(
 ) -> Segments:
     """Return the ops of every segment of one layer of ``kind`` on one rank."""
     h, rows = model.hidden_size, size.rows
+    gathered = size.mean_rows(deployment.dense_tp, deployment.tp_size)
     proj, core = attention(model, deployment, size)
     held = rows if deployment.ep_size > 1 else rows * deployment.tp_size  # rows in the residual stream of a rank
     after = norm("post norm", held, h)
     if kind == "dense":
-        segments = {"attn_proj": proj, "attn_core": (*core, after), "ffn": dense_ffn(model, deployment, rows)}
+        segments = {"attn_proj": proj, "attn_core": (*core, after), "ffn": dense_ffn(model, deployment, gathered)}
     elif kind == "moe":
         assert load is not None
         shared: Ops = ()
@@ -187,10 +188,10 @@ def layer_segments(
             add = (elementwise("zero experts", held, h), *add)
         segments = {
             "mla0": (*proj, *core, after),
-            "ffn0": dense_ffn(model, deployment, rows, "ffn0"),
+            "ffn0": dense_ffn(model, deployment, gathered, "ffn0"),
             "mla1_proj": proj,
             "mla1_core": (*core, after),
-            "ffn1": dense_ffn(model, deployment, rows, "ffn1"),
+            "ffn1": dense_ffn(model, deployment, gathered, "ffn1"),
             "add": add,
             **moe(model, deployment, size, load),
         }

@@ -299,7 +299,7 @@ def slowest_context(scenario: Scenario, sequences: Any, context: Any, spread: fl
 def step_seconds_many(
     scenario: Scenario, op_times: OpTimesLike, sequences: Any, context: Any, *, phase: str = "decode",
     queries: Any = None, seed: int = 0, contention: str | ContentionLaw = "max_min", beside_sequences: Any = None,
-    beside_context: Any = None, context_spread: float | None = None,
+    beside_context: Any = None, context_spread: float | None = None, fill: Any = 1.0,
 ) -> FloatArray:  # fmt: skip
     """Return the seconds of many steps at once [points]: one busiest rank stands for all, and layers in steady state
     are simulated once.
@@ -307,7 +307,8 @@ def step_seconds_many(
     ``sequences`` are per GPU and may be below 1 (then a step is as long as at 1 row). In prefill ``queries`` are the
     new tokens of each prompt and ``context`` what its last token attends to; ``beside_sequences`` of mean context
     ``beside_context`` decode in the same pass. ``context_spread`` is the coefficient of variation of the contexts in
-    decode, by default that of the scenario's step.
+    decode, by default that of the scenario's step. ``sequences`` are those of the GPU with the most of them; over all
+    GPUs there are ``fill`` times as many (1: all have the same; prompts on 1 of 16 ranks: 1/16).
     """
     model, deployment = scenario.model, scenario.deployment
 
@@ -330,14 +331,19 @@ def step_seconds_many(
         beside = StepSize("decode", decoding, verified, slowest(decoding, attended))
     if phase == "decode":
         length = slowest(batch, length)
-    size = StepSize(phase, batch, new, np.maximum(length, new), beside)
+    share = np.broadcast_to(np.asarray(fill, dtype=float), shape).reshape(-1, 1)
+    size = StepSize(phase, batch, new, np.maximum(length, new), beside, share)
     load = None
     if model.num_moe_layers:
         domain = scenario.hardware.scale_up.domain_size if scenario.hardware.scale_up else 1
-        tokens = size.rows * (deployment.tp_size if deployment.ep_size == 1 else 1)
+        is_shared = deployment.ep_size > 1
+        tokens = size.mean_rows(deployment.ep_size, deployment.tp_size) if is_shared else size.rows * deployment.tp_size
         load = typical_load(
             model, deployment, scenario.routing, tokens, seed=seed, domain=domain, trace=recorded_trace(scenario)
         )
+        if is_shared:  # the fullest rank sends more than the mean
+            above = size.rows / tokens
+            load = replace(load, sent=load.sent * above, fan_out=load.fan_out * above)
     drafts = scenario.speculative.draft_tokens if phase == "decode" else 0
     blocks = step_graph(model, deployment, size, load, drafts)
     law = law_of(scenario, op_times, contention)

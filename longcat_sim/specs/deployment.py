@@ -31,7 +31,7 @@ class Deployment(Part):
     ep_size: Count = 1
     """Ranks over which routed experts lie."""
     tp_size: Count = 1
-    """Tensor parallelism of attention; num_gpus / (tp_size * pp_size) is its data parallelism."""
+    """Tensor parallelism of attention; ``dp_size`` is its data parallelism."""
     dense_tp_size: Count | None = None
     """Tensor parallelism of dense FFNs; tp_size where not given."""
     pp_size: Count = 1
@@ -58,6 +58,11 @@ class Deployment(Part):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    @property
+    def dp_size(self) -> int:
+        """Data parallelism of attention: groups of ranks that hold sequences of their own."""
+        return self.num_gpus // (self.tp_size * self.pp_size)
 
     @property
     def dense_tp(self) -> int:

@@ -187,7 +187,10 @@ class KvTier(Part):
 
 
 class Scheduler(Part):
-    """The engine's scheduler, with vLLM v1's names and rules."""
+    """The engine's scheduler, with vLLM v1's names and rules; sizes are those of a whole replica.
+
+    With data-parallel attention each rank has its share of the token budget, and a prompt is prefilled on one rank.
+    """
 
     policy: Literal["fcfs", "priority"] = "fcfs"
     max_num_seqs: Count = 256

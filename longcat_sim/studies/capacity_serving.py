@@ -15,14 +15,14 @@ from longcat_sim.capacity.candidates import Rejected, search_of, shapes
 from longcat_sim.capacity.op_times import op_times_of
 from longcat_sim.capacity.reasons import step_elasticities, time_goes_with
 from longcat_sim.capacity.screen import check_reachable, objective_of, pareto, tpot_limit_s
-from longcat_sim.capacity.screen_serving import ScreenedFleets, check_ttft_reachable, screen_fleets
+from longcat_sim.capacity.screen_serving import ScreenedFleets, check_ttft_reachable, prompt_turns, screen_fleets
 from longcat_sim.capacity.search import kendall
 from longcat_sim.capacity.sweep import Progress, sweep
 from longcat_sim.capacity.traffic import Traffic
 from longcat_sim.capacity.uncertainty import check_draws
 from longcat_sim.errors import CapacityError
 from longcat_sim.specs.scenario import Scenario
-from longcat_sim.studies.engines import StepFunction, pools_of
+from longcat_sim.studies.engines import StepFunction, budget_notes, pools_of
 from longcat_sim.studies.fleet_figures import (
     assess_fleet,
     fleet_size,
@@ -98,11 +98,12 @@ def serving_capacity(
     rejected.add("service level", count=int((~within).sum()))
     good = [row for row in rows if row.figures is not None]
     shown = pareto({n: np.array([row.figure(n) for row in good]) for n in FRONT}, FRONT)
-    served = scenario.serve
-    notes = []
+    served = best.serve
+    assert served is not None
+    notes = budget_notes(pools_of(best, served), served)
     if search.sequences_per_gpu:
         notes.append("search.sequences_per_gpu has no effect under traffic, which makes its own batches")
-    if served is not None and served.workload.sessions is None and served.workload.trace is not None:
+    if served.workload.sessions is None and served.workload.trace is not None:
         notes.append("screening ignores prefix hits between requests of the trace; the simulation has them")
     if scenario.draws == 1:
         notes.append("draws: 1 is a point estimate, without intervals or a probability; --set draws=16 gives both")
@@ -144,9 +145,11 @@ def _binding(scenario: Scenario, rate: Mapping[str, Any]) -> dict[str, Any]:
     part = pools.get("prefill" if is_prompt else "decode", pools.get("shared"))
     assert part is not None
     batch = max(1.0, float(rate["mean_decode_batch"]))
-    tokens = min(traffic.computed_tokens, float(serve.scheduler.max_num_batched_tokens))
+    ranks = part.deployment.dp_size
+    tokens = traffic.computed_tokens / prompt_turns(serve.scheduler, ranks, traffic.computed_tokens)
     keys = max(traffic.prompt_keys, (tokens + 1) / 2)
-    at = (0.0, 0.0, tokens, keys) if is_prompt else (batch, traffic.decode_context, 0.0, 0.0)
+    prompt = (0.0, 0.0, tokens * ranks, keys, 1.0 / ranks)
+    at = prompt if is_prompt else (batch, traffic.decode_context, 0.0, 0.0, 1.0)
 
     def step_s(of: Scenario, times: Any) -> float:
         return float(StepFunction(of, times)(*(np.array([value]) for value in at))[0])

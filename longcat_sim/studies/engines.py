@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,6 +13,7 @@ from longcat_sim.errors import MemoryFitError
 from longcat_sim.ops.memory import kv_bytes_per_token, memory
 from longcat_sim.ops.op import FloatArray, OpTimesLike
 from longcat_sim.simulation.serving.cluster import Engine, KvLink
+from longcat_sim.simulation.serving.ranked import RankedStepTimes
 from longcat_sim.simulation.serving.step_times import StepTimeGrid
 from longcat_sim.simulation.serving.synthetic import Synthetic
 from longcat_sim.simulation.serving.workload import TraceReader
@@ -29,39 +31,47 @@ MOST_SPREADS = 256
 
 @dataclass(frozen=True)
 class StepFunction:
-    """Seconds of a replica's step by (decode batch, mean context, prefill tokens, mean keys per prefill query).
+    """Seconds of a replica's step by (decode batch, mean context, prefill tokens, mean keys per prefill query, fill).
 
     A mixed step is one pass: its products see the rows of both parts, the prefill core attends for the prompts, and
-    the decode core runs beside it on its own.
+    the decode core runs beside it on its own. Prefill tokens are those of the fullest data-parallel rank times the
+    ranks; over all ranks there are ``fill`` times as many. So a prompt alone has fill 1 / ranks.
     """
 
     scenario: Scenario
     op_times: OpTimesLike
 
     def __call__(
-        self, batch: FloatArray, context: FloatArray, prefill: FloatArray, keys: FloatArray
+        self, batch: FloatArray, context: FloatArray, prefill: FloatArray, keys: FloatArray,
+        fill: FloatArray | float = 1.0,
     ) -> FloatArray:  # fmt: skip
         """Return seconds [N]; sizes are of the whole replica."""
         gpus = self.scenario.deployment.num_gpus
         spread = decode_context_spread(self.scenario.serve) if self.scenario.serve else None
+        context, fill = np.maximum(context, 1.0), np.broadcast_to(fill, len(batch))
         seconds = np.zeros(len(batch))
-        pure = prefill <= 0
-        if pure.any():
-            seconds[pure] = step_seconds_many(
-                self.scenario, self.op_times, batch[pure] / gpus, np.maximum(context[pure], 1.0), context_spread=spread
-            )
-        mixed = ~pure
-        if mixed.any():
-            tokens, mean_keys = prefill[mixed], np.maximum(keys[mixed], 1.0)
-            chunk = mean_keys >= (tokens + 1) / 2  # one chunk, perhaps after earlier ones; else several short prompts
-            queries = np.where(chunk, tokens, np.minimum(2 * mean_keys - 1, tokens))
-            attended = np.where(chunk, mean_keys + (tokens - 1) / 2, queries)
-            seconds[mixed] = step_seconds_many(
-                self.scenario, self.op_times, tokens / queries / gpus, attended, phase="prefill", queries=queries,
-                beside_sequences=batch[mixed] / gpus, beside_context=np.maximum(context[mixed], 1.0),
-                context_spread=spread,
-            )  # fmt: skip
+        for chosen in (prefill <= 0, (prefill > 0) & (batch <= 0), (prefill > 0) & (batch > 0)):
+            if not chosen.any():
+                continue
+            decoding, attended = batch[chosen] / gpus, context[chosen]
+            if (prefill[chosen] <= 0).all():
+                arguments: dict[str, Any] = {"sequences": decoding, "context": attended}
+            else:
+                arguments = self._prefill(prefill[chosen], keys[chosen]) | {"fill": fill[chosen]}
+                if decoding.any():
+                    arguments |= {"beside_sequences": decoding, "beside_context": attended}
+            seconds[chosen] = step_seconds_many(self.scenario, self.op_times, context_spread=spread, **arguments)
         return seconds
+
+    def _prefill(self, tokens: FloatArray, keys: FloatArray) -> dict[str, Any]:
+        """Return sequences per GPU, queries and context of the fullest rank's prompts."""
+        deployment = self.scenario.deployment
+        own, keys = tokens / deployment.dp_size, np.maximum(keys, 1.0)
+        chunk = keys >= (own + 1) / 2  # one chunk, perhaps after earlier ones; else several short prompts
+        queries = np.where(chunk, own, np.minimum(2 * keys - 1, own))
+        attended = np.where(chunk, keys + (own - 1) / 2, queries)
+        sequences = tokens / queries / deployment.num_gpus
+        return {"phase": "prefill", "sequences": sequences, "context": attended, "queries": queries}
 
 
 _spreads: dict[str, float] = {}
@@ -95,15 +105,18 @@ def _context_spread(serve: Serve) -> float:
     return float(np.sqrt(max(0.0, square / mean**2 - 1)))
 
 
-def step_grid(scenario: Scenario, op_times: OpTimesLike, serve: Serve) -> StepTimeGrid:
+def step_grid(scenario: Scenario, op_times: OpTimesLike, serve: Serve) -> StepTimeGrid | RankedStepTimes:
     """Return the scenario's step times as a grid that the serving engine looks up."""
-    longest = serve.scheduler.max_model_len or min(MAX_CONTEXT_TOKENS, scenario.model.max_position_embeddings)
-    return StepTimeGrid.from_function(
-        StepFunction(scenario, op_times),
-        max_batch=serve.scheduler.max_num_seqs,
-        max_context=longest,
-        max_prefill_tokens=serve.scheduler.max_num_batched_tokens,
-    )
+    scheduler, ranks = serve.scheduler, scenario.deployment.dp_size
+    longest = scheduler.max_model_len or min(MAX_CONTEXT_TOKENS, scenario.model.max_position_embeddings)
+    budget = scheduler.max_num_batched_tokens
+    sizes: dict[str, Any] = {"max_batch": scheduler.max_num_seqs, "max_context": longest, "max_prefill_tokens": budget}
+    step = StepFunction(scenario, op_times)
+    if ranks == 1:
+        return StepTimeGrid.from_function(step, **sizes)
+    if not scheduler.chunked_prefill:  # a whole prompt is on one rank
+        sizes["max_prefill_tokens"] = min(budget, longest) * ranks
+    return RankedStepTimes.from_function(step, ranks, **sizes)
 
 
 def kv_blocks(scenario: Scenario, serve: Serve, role: str = "shared") -> int:
@@ -137,6 +150,7 @@ def engine(scenario: Scenario, op_times: OpTimesLike, serve: Serve, role: str = 
         step_times=step_grid(scenario, op_times, serve),
         kv_blocks=kv_blocks(scenario, serve, role),
         num_gpus=deployment.num_gpus,
+        prefill_ranks=deployment.dp_size,
         weight_load_s=weights / (link.bandwidth if link else WEIGHT_LOAD_BYTES_PER_S),
         kv_bytes_per_token=kv_bytes_per_token(scenario.model, deployment)
         * (1 if scenario.model.is_mla else deployment.tp_size),
@@ -163,6 +177,26 @@ def pools_of(scenario: Scenario, serve: Serve) -> dict[str, Scenario]:
     if serve.prefill is None or serve.decode is None:
         return {"shared": scenario}
     return {"prefill": pool_scenario(scenario, serve.prefill), "decode": pool_scenario(scenario, serve.decode)}
+
+
+FEW_TOKENS = 512
+"""Prompt tokens of a rank and step below which steps are mostly reads of weights: of LongCat-Flash on 16 H800, a lone
+chunk of 128 tokens takes 29 ms, of 512 44, of 2,048 108."""
+
+
+def budget_notes(pools: Mapping[str, Scenario], serve: Serve) -> list[str]:
+    """Return what to know where data-parallel ranks share so small a token budget that prompts take many steps."""
+    budget = serve.scheduler.max_num_batched_tokens
+    found = []
+    for name, part in pools.items():
+        ranks = part.deployment.dp_size
+        each = budget // ranks
+        if name != "decode" and ranks > 1 and each < FEW_TOKENS and serve.scheduler.chunked_prefill:
+            found.append(
+                f"serve.scheduler.max_num_batched_tokens = {budget} is a whole replica's: each of its {ranks} "
+                f"data-parallel ranks prefills {each} tokens of a prompt a step; {ranks * 2048} gives them 2048"
+            )
+    return found
 
 
 def kv_link(scenario: Scenario, serve: Serve) -> KvLink | None:

@@ -22,7 +22,7 @@ from longcat_sim.simulation.step import (
     step_size,
 )
 from longcat_sim.specs.scenario import Scenario
-from longcat_sim.studies.engines import pools_of
+from longcat_sim.studies.engines import budget_notes, pools_of
 from longcat_sim.studies.fleet_figures import FILL, WINDOW
 from longcat_sim.studies.result import ServeOutcome, StepOutcome
 from longcat_sim.studies.served import serve_once
@@ -147,12 +147,7 @@ def simulate_traffic(
         intervals = metrics.intervals(figures, drawn, run.interpolation_error)
         figures["wall_s"] += sum(each["wall_s"] for each in drawn)
     notes = list(dict.fromkeys(notes))
-    deployment = scenario.deployment
-    if deployment.num_gpus > deployment.tp_size:
-        notes.append(
-            "a prompt's prefill is spread over all GPUs of its replica; with data-parallel attention one long prompt "
-            "on an idle replica takes longer than that"
-        )
+    notes += budget_notes(pools_of(scenario, serve), serve)
     start, end = figures["window_s"]
     stay = (figures["e2e_s"] or {}).get("p50", 0.0)
     filling = max(0.0, FILL * stay - start) > FILLING * (end - start)

@@ -29,6 +29,8 @@ class Engine:
     kv_bytes_per_token: float = 0.0
     """Of the whole replica: sizes KV transfers and slower tiers."""
     num_layers: int = 1
+    prefill_ranks: int = 1
+    """Ranks that prefill prompts of their own (``RankedStepTimes``): each has its share of the token budget."""
 
 
 @dataclass(frozen=True)

@@ -189,8 +189,15 @@ class Replica(Batch):
             shapes = [(count, r.computed) for r, count in chunks]
             duration = self.group.offer(self, shapes) if self.group else self.times.step_ns(self.contexts(), shapes)
         else:
-            duration = self.times.mixed_ns(self.batch, self.total_context, tokens, pairs)
-            if self.times.is_outside(self.batch, self.total_context, tokens):
+            ranks = self.prefill_ranks
+            if ranks == 1:
+                widest = tokens
+                duration = self.times.mixed_ns(self.batch, self.total_context, tokens, pairs)
+            else:
+                fullest = self._fullest(tokens, chunks)
+                widest = fullest * ranks
+                duration = self.times.mixed_ns(self.batch, self.total_context, tokens, pairs, fullest)
+            if self.times.is_outside(self.batch, self.total_context, widest):
                 self.outside_steps += 1
         if self.slowdown != 1.0:
             duration = round(duration * self.slowdown)

@@ -253,7 +253,7 @@ class StepTimeGrid:
         self._mixed = [batches, inverse, reciprocal, (self.mixed_s[self.quantile] * 1e9).tolist()]
         return self._mixed
 
-    def mixed_ns(self, batch: int, total_context: int, prefill_tokens: int, pairs: int) -> int:
+    def mixed_ns(self, batch: int, total_context: int, prefill_tokens: int, pairs: float) -> int:
         """Return the time of a step with prefill, and with decode where ``batch`` > 0."""
         batches, (ib, ic, ip, ik), reciprocal, table = self._mixed or self._build_mixed()
         if prefill_tokens >= len(reciprocal) or batch >= len(reciprocal):
