@@ -23,7 +23,7 @@ from longcat_sim.ops.op import FloatArray
 from longcat_sim.records.files import write_text
 from longcat_sim.specs.hardware import HardwareSpec, load_hardware
 
-SCHEMA = 2
+SCHEMA = 3
 STEP = 0.01
 """Resolution of a packed correction; far below any fit's error."""
 
@@ -139,17 +139,27 @@ def read_fit(hardware: HardwareSpec) -> tuple[dict[Any, FittedLaw], Any, dict[st
         raise MeasurementError(
             f"{where}: laws: expected what `calibrate` writes; got {error!r}; write the fit again with `calibrate`"
         ) from None
-    collectives = None
-    if section.get("collectives"):
-        try:
-            collectives = CollectiveTimes.from_fit(section["collectives"], hardware)
-        except (KeyError, ValueError, TypeError, IndexError) as error:
-            raise MeasurementError(
-                f"{where}: collectives: expected what `calibrate` writes; got {error!r}; restore the section"
-            ) from None
     provenance = {key: value for key, value in section.items() if key not in ("schema", "laws", "collectives")}
     draws = max((len(law.draws_) for law in laws), default=64)
-    return {law.key: law for law in laws}, collectives, provenance, draws
+    return {law.key: law for law in laws}, read_collectives(hardware), provenance, draws
+
+
+def read_collectives(hardware: HardwareSpec) -> CollectiveTimes | None:
+    """Return the collectives of a profile's ``fit:``, whatever version wrote its laws; None where it has none.
+
+    Raises:
+        MeasurementError: they cannot be read.
+    """
+    section = (hardware.fit or {}).get("collectives")
+    if not section:
+        return None
+    try:
+        return CollectiveTimes.from_fit(section, hardware)
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise MeasurementError(
+            f"hardware {hardware.name}: fit: collectives: expected what `calibrate` writes; got {error!r}; restore the "
+            "section"
+        ) from None
 
 
 class _Wide(yaml.SafeDumper):

@@ -29,6 +29,8 @@ SMALL = 10.0
 how large ops grow; small ones are mostly the floor, and the correction holds them."""
 MANY = 100
 """With fewer points than this, all count alike: none can be spared."""
+BEST_RATE = 0.999
+"""Quantile of the measured rates that a roof is at least at: one row in a thousand may be luck."""
 FIT_ROWS = 4000
 """Rows that a law's few weights are fitted to; the correction uses all."""
 NEAR_OCTAVES = 1.5
@@ -39,33 +41,50 @@ def weigh(
     coordinates: tuple[FloatArray, ...], seconds: FloatArray, kind: str, dtype: str, device: Device,
     counts: FloatArray | None = None, start: FloatArray | None = None, rounds: int = 12,
 ) -> FloatArray:  # fmt: skip
-    """Return the weights of a law [overhead, serial..., compute..., memory...], all >= 0.
+    """Return the weights of a law [overhead, serial..., compute..., memory..., roof where it has one], all >= 0.
 
-    The larger of compute and memory is chosen per row, the rest is linear: non-negative least squares in relative
-    error, with weights against outliers, repeated until the choice settles. ``counts`` are bootstrap multiplicities.
+    The largest of compute, memory and roof is chosen per row, the rest is linear: non-negative least squares in
+    relative error, with weights against outliers, repeated until the choice settles. The roof joins when the others
+    have settled, and is no lower than the best measured rates. ``counts`` are bootstrap multiplicities.
     """
+    serial, branches = columns(coordinates, kind, dtype, device)
+    size = seconds / (seconds + SMALL * np.quantile(seconds, 0.01)) if len(seconds) >= MANY else np.ones(len(seconds))
+    size = size / size.mean() if counts is None else size / size.mean() * counts
+    if not LAWS[kind].has_roof:
+        return _settle(start, serial, branches, seconds, size, rounds)
+    roof = 1.0 / np.quantile(branches[2][:, 0] / seconds, BEST_RATE)
+    if start is None:
+        start = np.append(_settle(None, serial, branches[:2], seconds, size, rounds), roof)
+    weights = _settle(start, serial, branches, seconds, size, rounds)
+    weights[-1] = min(weights[-1], roof)
+    return weights
+
+
+def _settle(
+    weights: FloatArray | None, serial: FloatArray, branches: list[FloatArray], seconds: FloatArray, size: FloatArray,
+    rounds: int,
+) -> FloatArray:  # fmt: skip
+    """Return the weights after at most ``rounds`` of choosing branches and fitting ([N] ``size``: of each row)."""
     from scipy.optimize import nnls
 
-    serial, compute, memory = columns(coordinates, kind, dtype, device)
-    n_serial, n_compute, n_memory = serial.shape[1], compute.shape[1], memory.shape[1]
-    times = seconds[:, None]
-    size = seconds / (seconds + SMALL * np.quantile(seconds, 0.01)) if len(seconds) >= MANY else np.ones(len(seconds))
-    size = size / size.mean()
-    prior = np.zeros((n_serial + n_compute + n_memory + 1, n_serial + n_compute + n_memory + 1))
-    goal = np.zeros(len(prior))
-    for at in ([1 + n_serial] if n_compute else []) + ([1 + n_serial + n_compute] if n_memory else []):
-        prior[at, at] = np.sqrt(PRIOR_POINTS)
-        goal[at] = PRIOR_WEIGHT * np.sqrt(PRIOR_POINTS)
-    if start is None:
-        is_compute = (compute[:, :1].sum(1) > memory[:, :1].sum(1)) if n_compute else np.zeros(len(seconds), bool)
-        trust = np.ones(len(seconds))
+    edges = _edges(serial, branches)
+    prior, goal = np.zeros((edges[-1], edges[-1])), np.zeros(edges[-1])
+    for at, branch in zip(edges, branches, strict=False):
+        if branch.shape[1]:
+            prior[at, at] = np.sqrt(PRIOR_POINTS)
+            goal[at] = PRIOR_WEIGHT * np.sqrt(PRIOR_POINTS)
+    if weights is None:
+        plain = np.stack([branch[:, :1].sum(1) for branch in branches])
+        chosen, trust = plain[::-1].argmax(0), np.ones(len(seconds))
+        chosen = len(branches) - 1 - chosen  # memory where both are alike
+        weights = np.zeros(edges[-1])
     else:
-        is_compute, trust = _choice(start, serial, compute, memory, seconds)
-    weights = start if start is not None else np.zeros(len(prior))
+        chosen, trust = _choice(weights, serial, branches, seconds)
+    times = seconds[:, None]
     for _ in range(rounds):
-        chosen = is_compute[:, None]
-        rows = np.hstack([np.ones_like(times), serial, compute * chosen, memory * ~chosen]) / times
-        scale = np.sqrt(size * trust if counts is None else size * trust * counts)
+        parts = [branch * (chosen == number)[:, None] for number, branch in enumerate(branches)]
+        rows = np.hstack([np.ones_like(times), serial, *parts]) / times
+        scale = np.sqrt(size * trust)
         stacked = np.vstack([rows * scale[:, None], prior])
         target = np.concatenate([scale, goal])
         norm = np.linalg.norm(stacked, axis=0)
@@ -76,25 +95,36 @@ def weigh(
         weights = fresh
         if settled:
             break
-        is_compute, trust = _choice(weights, serial, compute, memory, seconds)
+        chosen, trust = _choice(weights, serial, branches, seconds)
     return weights
 
 
+def _edges(serial: FloatArray, branches: list[FloatArray]) -> list[int]:
+    """Return where each branch's weights begin, and where the last ones end."""
+    return [int(at) for at in np.cumsum([1 + serial.shape[1], *(branch.shape[1] for branch in branches)])]
+
+
+def _times(weights: FloatArray, serial: FloatArray, branches: list[FloatArray]) -> tuple[FloatArray, FloatArray]:
+    """Return (overhead and serial [N], branches [B, N]) seconds."""
+    edges = _edges(serial, branches)
+    ends = zip(branches, edges, edges[1:], strict=False)
+    return weights[0] + serial @ weights[1 : edges[0]], np.stack([b @ weights[at:to] for b, at, to in ends])
+
+
 def _choice(
-    weights: FloatArray, serial: FloatArray, compute: FloatArray, memory: FloatArray, seconds: FloatArray
+    weights: FloatArray, serial: FloatArray, branches: list[FloatArray], seconds: FloatArray
 ) -> tuple[Any, FloatArray]:
-    """Return which rows are bound by compute, and how far each row is trusted (1 / its relative error)."""
-    at, to = 1 + serial.shape[1], 1 + serial.shape[1] + compute.shape[1]
-    compute_s, memory_s = compute @ weights[at:to], memory @ weights[to:]
-    predicted = weights[0] + serial @ weights[1:at] + np.maximum(compute_s, memory_s)
-    error = np.abs(predicted / seconds - 1)
-    return compute_s > memory_s, 1.0 / np.maximum(error, 0.02)
+    """Return which branch bounds each row, and how far each row is trusted (1 / its relative error)."""
+    fixed, each = _times(weights, serial, branches)
+    error = np.abs((fixed + each.max(0)) / seconds - 1)
+    return each.argmax(0), 1.0 / np.maximum(error, 0.02)
 
 
 def columns(
     coordinates: tuple[FloatArray, ...], kind: str, dtype: str, device: Device
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Return the law's terms in seconds at the data sheet's rates: serial, compute, memory, each [N, terms]."""
+) -> tuple[FloatArray, list[FloatArray]]:
+    """Return the law's terms in seconds at the data sheet's rates: serial, and the branches of which the longest
+    counts (compute, memory, and the roof's FLOP where the law has one), each [N, terms]."""
     law = LAWS[kind]
     terms = law.terms(dict(zip(law.coordinates, coordinates, strict=True)), dtype, device)
     shape = np.broadcast_shapes(*(np.shape(c) for c in coordinates))
@@ -103,20 +133,17 @@ def columns(
         flat = [np.broadcast_to(np.asarray(item, dtype=float), shape).ravel() / rate for item in items]
         return np.array(flat).T if flat else np.zeros((int(np.prod(shape)), 0))
 
-    return (
-        stack(terms.serial, device.sm_rate),
-        stack(terms.compute, device.peak),
-        stack(terms.memory, device.bandwidth),
-    )
+    compute, memory = stack(terms.compute, device.peak), stack(terms.memory, device.bandwidth)
+    roof = [compute[:, :1]] if law.has_roof else []
+    return stack(terms.serial, device.sm_rate), [compute, memory, *roof]
 
 
 def law_parts(
     weights: FloatArray, coordinates: tuple[FloatArray, ...], kind: str, dtype: str, device: Device
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Return (overhead and serial, compute, memory) seconds of the law [N]."""
-    serial, compute, memory = columns(coordinates, kind, dtype, device)
-    at, to = 1 + serial.shape[1], 1 + serial.shape[1] + compute.shape[1]
-    return weights[0] + serial @ weights[1:at], compute @ weights[at:to], memory @ weights[to:]
+    """Return (overhead and serial, compute, memory) seconds of the law [N]; compute is never above its roof's speed."""
+    fixed, (compute, memory, *roof) = _times(weights, *columns(coordinates, kind, dtype, device))
+    return fixed, np.maximum(compute, roof[0]) if roof else compute, memory
 
 
 def law_seconds(

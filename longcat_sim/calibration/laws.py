@@ -1,6 +1,7 @@
 """The law of each op kind: which sizes matter, and the work terms whose weights a fit finds.
 
-``seconds = overhead + sum(s S) + max(sum(c C) / peak, sum(m M) / bandwidth)``, all weights >= 0. C are FLOP, M and S
+``seconds = overhead + sum(s S) + max(sum(c C) / peak, sum(m M) / bandwidth, r FLOP / peak)``, all weights >= 0; the
+last part, the roof of sustained FLOP (power, clocks), for products only. C are FLOP, M and S
 bytes; S are never hidden, and move at the pace of the SMs: the same work takes an H200 as long as an H100, though its
 memory is 1.4 times as fast (top-k, quantising of GEMM inputs: weights relative to bandwidth 1.43 times as large).
 Efficiency depends on size because some terms grow slower than the work itself: rows padded to a tile, tiles padded to
@@ -63,6 +64,9 @@ class Law:
     terms: Callable[[Coordinates, str, Device], Terms]
     compute_bound: bool
     """Which acceptance limit the kind has on a CPU."""
+    has_roof: bool = False
+    """Whether large sizes meet a roof of their own: products stop getting more efficient where power ends (B200, fp8:
+    58 % of the data sheet's FLOP at 2^37, still 58 % at 2^41), which losses that shrink with size would not say."""
 
 
 def _ceil(x: Any) -> Any:
@@ -251,18 +255,21 @@ LAWS: dict[str, Law] = {
         lambda d: (d["m"], d["n"], d["k"]),
         lambda c, t, v: _gemm_terms(1.0, c["m"], c["n"], c["k"], t, v),
         compute_bound=True,
+        has_roof=True,
     ),
     "grouped_gemm": Law(
         ("groups", "m", "n", "k"),
         lambda d: (d["groups"], d["m"], d["n"], d["k"]),
         _grouped_terms,
         compute_bound=True,
+        has_roof=True,
     ),
     "bmm": Law(
         ("groups", "m", "n", "k"),
         lambda d: (d["groups"], d["m"], d["n"], d["k"]),
         lambda c, t, v: _gemm_terms(c["groups"], c["m"], c["n"], c["k"], t, v),
         compute_bound=True,
+        has_roof=True,
     ),
     "mla_decode": Law(
         ("batch", "rows", "context", "kv"),

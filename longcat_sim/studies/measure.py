@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from longcat_sim.calibration import OpTimes, write_fit
+from longcat_sim.calibration.fit_file import read_collectives
 from longcat_sim.errors import SpecError
 from longcat_sim.records.files import write_text
 from longcat_sim.records.measurement import Environment, load_measurements
@@ -43,13 +44,13 @@ def calibrate_published(records: Path, name: str, tables: Path | None = None) ->
     from longcat_sim.calibration.published import fit_published, has_op_tables, published_collectives
 
     hardware = load_hardware(name)
-    known = OpTimes.from_hardware(hardware)
     collectives = published_collectives(records, hardware, load_hardware)
-    if collectives is None or has_op_tables(name):
+    if collectives is None or has_op_tables(name):  # what another version fitted is replaced
         times = fit_published(hardware, kernels=records, tables=tables)
     else:
+        known = OpTimes.from_hardware(hardware)
         times = OpTimes(hardware, known.laws_, provenance={"method": "published tables", **known.provenance})
-    times.collectives_ = collectives or known.collectives_
+    times.collectives_ = collectives or read_collectives(hardware)
     fit = times.to_fit()
     target = next(folder / f"{name}.yaml" for folder in profile_folders() if (folder / f"{name}.yaml").exists())
     write_fit(target, fit)

@@ -53,7 +53,7 @@ def test_ninety_percent_intervals_hold_about_ninety_percent(heavy: bool) -> None
     )
     sizes = np.repeat(sizes, 5, axis=0) * rng.uniform(0.8, 1.2, (360, 3))
     point = tuple(sizes.T)
-    weights = np.array([4e-6, 0.0, 1.4, 0.0, 0.0, 0.0, 0.0, 0.0, 1.2, 1.2, 1.2])
+    weights = np.array([4e-6, 0.0, 1.4, 0.0, 0.0, 0.0, 0.0, 0.0, 1.2, 1.2, 1.2, 0.0])
     noise = 0.03 * (rng.standard_t(2.5, 360) if heavy else rng.normal(size=360))
     seconds = law_seconds(weights, point, "gemm", "bf16", DEVICE) * np.exp(noise)
     law = FittedLaw.fit(("gemm", "bf16", ""), point, seconds, DEVICE, rng=rng)
@@ -62,6 +62,24 @@ def test_ninety_percent_intervals_hold_about_ninety_percent(heavy: bool) -> None
     assert random["count"] == 360
     assert 0.85 <= random["coverage"] <= 0.95
     assert random["half_width"] <= 5 * random["mape"]
+
+
+def test_a_roof_is_found_before_the_largest_sizes_have_met_it() -> None:
+    """Losses that shrink with size, under a roof at 1 / 1.7 of the peak: sizes 64 times as large run no faster."""
+    rng = np.random.default_rng(3)
+    narrow, deep = (512.0, 1024.0, 1536.0, 2048.0, 3072.0, 4096.0, 8192.0, 16384.0), 2.0 ** np.arange(9, 15)
+    sizes = np.array([(m, n, k) for m in 2.0 ** np.arange(4, 15) for n in narrow for k in deep])
+    weights = np.array([4e-6, 0.5, 0.6, 0.2, 0.0, 0.2, 3.0, 3.0, 1.2, 1.2, 1.2, 1.7])
+    flop = 2 * sizes.prod(1)
+    small = flop <= flop.max() / 64
+    known, beyond = tuple(sizes[small].T), tuple(sizes[~small].T)
+    seconds = law_seconds(weights, known, "gemm", "bf16", DEVICE) * np.exp(0.02 * rng.normal(size=small.sum()))
+    truth = law_seconds(weights, beyond, "gemm", "bf16", DEVICE)
+    law = FittedLaw.fit(("gemm", "bf16", ""), known, seconds, DEVICE, rng=rng)
+    assert law.weights_[-1] == pytest.approx(1.7, rel=0.05)
+    assert np.median(np.abs(law_seconds(law.weights_, beyond, "gemm", "bf16", DEVICE) / truth - 1)) < 0.04
+    losses = np.append(law.weights_[:-1], 0.0)
+    assert np.median(law_seconds(losses, beyond, "gemm", "bf16", DEVICE) / truth) < 0.75  # what these would promise
 
 
 @pytest.mark.parametrize("kind", sorted(set(LAWS) - {"host"}))
