@@ -102,7 +102,8 @@ class OpTimes:
             if draws > 1:
                 law.bootstrap(coordinates, seconds, draws, rng)
             if held_out and sizes[key] >= MIN_POINTS:
-                judge(law, coordinates, seconds, rng=rng, max_cells=max_cells)
+                p10 = np.array([row.p10_s for row in rows]) if any(row.block_s for row in rows) else None
+                judge(law, coordinates, seconds, rng=rng, max_cells=max_cells, p10=p10)
             laws[key] = law
         drift = {
             " ".join(filter(None, key)): float(f"{np.median([row.drift for row in rows]):.3g}")

@@ -9,6 +9,8 @@ import typer
 
 from longcat_sim.cli.output import bar, say
 
+BUDGET_S = 120.0
+
 
 def run(
     out: Annotated[Path, typer.Option(help="Measurements, JSON Lines; an existing file of this device is resumed.")],
@@ -16,7 +18,9 @@ def run(
     suite: Annotated[list[str] | None, typer.Option("--suite", help="Only this suite. Repeatable.")] = None,
     campaign: Annotated[bool, typer.Option("--campaign", help="All suites at full-size shapes, by value.")] = False,
     model: Annotated[str | None, typer.Option(help="Take the shapes of this model.")] = None,
-    budget_s: Annotated[float, typer.Option(help="Time box in seconds; what it drops is said.")] = 0.0,
+    budget_s: Annotated[
+        float, typer.Option(help="Time box in s; what it drops is said. 0: 120, a campaign 480.")
+    ] = 0.0,
 ) -> None:
     """Time operators, collectives and contention on this machine."""
     from longcat_sim.profiling.profile import profile
@@ -31,6 +35,6 @@ def run(
         spec = model or "longcat-cpu-64e"
         with bar("profile") as progress:
             found = profile(
-                suite or tuple(SUITES), device, spec, budget_s or 60.0, resume=out, out=out, progress=progress
+                suite or tuple(SUITES), device, spec, budget_s or BUDGET_S, resume=out, out=out, progress=progress
             )
     say(f"{found.summary()}; written to {out}")

@@ -14,7 +14,7 @@ from longcat_sim.errors import MeasurementError
 from longcat_sim.ops.op import Op
 from longcat_sim.profiling.environment import here
 from longcat_sim.profiling.kernels import BUILDERS, TORCH_DTYPES, Place, Timed
-from longcat_sim.profiling.suites import FULL, SMALL, SUITES, Grid, reuse_bytes, suite_ops
+from longcat_sim.profiling.suites import DENSE, FULL, SUITES, Grid, reuse_bytes, suite_ops
 from longcat_sim.profiling.timing import Clock, Samples
 from longcat_sim.records.measurement import UNSTABLE_SPREAD, Environment, Measurement, load_measurements
 from longcat_sim.records.measurement import save_measurements as save
@@ -105,7 +105,7 @@ def profile(
         )
     place_on = pick_device(device) if isinstance(device, str) else device
     dtype = dtype or (CUDA_DTYPE if place_on.type == "cuda" else CPU_DTYPE)
-    grid = grid or (FULL if place_on.type == "cuda" else SMALL)
+    grid = grid or (FULL if place_on.type == "cuda" else DENSE)
     threads = torch.get_num_threads()
     if place_on.type == "cpu":
         torch.set_num_threads(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from longcat_sim.ops.attention import StepSize
@@ -29,13 +30,34 @@ class Grid:
 
     decode: tuple[tuple[int, int], ...]
     prefill: tuple[tuple[int, int], ...]
+    topk_rows: tuple[int, ...] = (1, 8, 64)
+    topk_scores: tuple[int, ...] = (512, 2048, 8192)
+    topk_kept: tuple[int, ...] = (64, 256)
+    sparse_batches: tuple[int, ...] = (1, 8)
+    indexed: tuple[int, ...] = (1024, 4096, 16384)
+    selected: tuple[int, ...] = (256, 1024, 2048)
 
 
 SMALL = Grid(
     decode=tuple((batch, context) for batch in (1, 2, 4, 8, 16) for context in (64, 256, 1024)),
     prefill=((1, 32), (1, 128), (1, 512), (2, 256), (4, 64), (4, 256)),
 )
-"""For a CPU: the quickstart's."""
+"""For a CPU: the quickstart's, and a campaign's dry run."""
+DENSE = Grid(
+    decode=tuple((batch, context) for batch in (1, 2, 3, 4, 6, 8, 12, 16) for context in (64, 128, 256, 512, 1024)),
+    prefill=(
+        *((1, prompt) for prompt in (16, 32, 64, 96, 128, 192, 256, 384, 512)),
+        *((batch, prompt) for batch in (2, 4) for prompt in (32, 64, 128, 256)),
+        *((8, prompt) for prompt in (32, 64, 128)),
+    ),
+    topk_rows=(1, 2, 4, 8, 16, 32, 64),
+    topk_scores=(512, 1024, 2048, 4096, 8192),
+    topk_kept=(64, 128, 256),
+    sparse_batches=(1, 2, 4, 8),
+    indexed=(1024, 2048, 4096, 8192, 16384),
+    selected=(256, 512, 1024, 2048),
+)
+"""For a CPU that is to be fitted well: `profile`'s."""
 FULL = Grid(
     decode=tuple(
         (batch, context) for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256) for context in (256, 1024, 4096, 16384)
@@ -92,8 +114,9 @@ def suite_ops(suite: str, spec: ModelSpec, grid: Grid, dtype: str) -> list[Op]:
     """Return the distinct ops of a suite, each kind's from small to large."""
     kinds = SUITES[suite]
     if suite == "sparse":
-        sizes = ((rows, n, k) for rows in (1, 8, 64) for n in (512, 2048, 8192) for k in (64, 256) if k < n)
-        return [op("topk", dtype="fp32", rows=rows, n=n, k=k) for rows, n, k in sizes] + _sparse_ops(spec, dtype)
+        sizes = product(grid.topk_rows, grid.topk_scores, grid.topk_kept)
+        ranked = [op("topk", dtype="fp32", rows=rows, n=n, k=k) for rows, n, k in sizes if k < n]
+        return ranked + _sparse_ops(spec, grid, dtype)
     found: dict[Op, None] = {}
     for sequences, context in grid.decode:
         if sequences * context <= LARGEST_CACHE_TOKENS:
@@ -114,16 +137,16 @@ def reuse_bytes(spec: ModelSpec, dtype: str) -> dict[tuple[str, str], float]:
     return {sort: streamed / count for sort, count in counts.items()}
 
 
-def _sparse_ops(spec: ModelSpec, dtype: str) -> list[Op]:
+def _sparse_ops(spec: ModelSpec, grid: Grid, dtype: str) -> list[Op]:
     """Return indexer scores and sparse cores of one device's decode, drafts included; none for a model without MLA."""
     if not spec.is_mla:
         return []
     heads, dim = spec.index_n_heads or 64, spec.index_head_dim or 128  # DeepSeek-V3.2's where the model has none
     found = [
         op("indexer", dtype=dtype, batch=batch, queries=queries, context=context, heads=heads, dim=dim)
-        for batch in (1, 8)
+        for batch in grid.sparse_batches
         for queries in (1, 2)
-        for context in (1024, 4096, 16384)
+        for context in grid.indexed
     ]
     width: dict[str, Any] = {
         "heads": spec.num_attention_heads,
@@ -132,7 +155,7 @@ def _sparse_ops(spec: ModelSpec, dtype: str) -> list[Op]:
     }
     return found + [
         op("sparse_mla", dtype=dtype, batch=batch, queries=queries, selected=selected, **width)
-        for batch in (1, 8)
+        for batch in grid.sparse_batches
         for queries in (1, 2)
-        for selected in (256, 1024, 2048)
+        for selected in grid.selected
     ]

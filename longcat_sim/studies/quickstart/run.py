@@ -77,6 +77,7 @@ def quickstart(out: Path, *, device: str = "auto", progress: Progress | None = N
         UserError: a device that this machine does not have, or a folder that cannot be written.
     """
     from longcat_sim.profiling.profile import pick_device, profile
+    from longcat_sim.profiling.suites import SMALL
     from longcat_sim.studies.quickstart.report import write_report
 
     began = time.monotonic()
@@ -96,7 +97,7 @@ def quickstart(out: Path, *, device: str = "auto", progress: Progress | None = N
     tell(0, "describing this machine")
     write_this_machine(name, out / f"{name}.yaml")
     measured = profile(
-        device=place, spec=MODEL, budget_s=PROFILE_BUDGET_S,
+        device=place, spec=MODEL, budget_s=PROFILE_BUDGET_S, grid=SMALL if place.type == "cpu" else None,
         progress=lambda what, share, left: tell(0, f"measuring {what}", share),
     )  # fmt: skip
     save_measurements(out / "measurements.jsonl", measured.environment, measured.rows)
