@@ -40,7 +40,7 @@ class Memory:
 
 def weight_bytes(model: ModelSpec, deployment: Deployment, routing: Routing | None = None) -> dict[str, float]:
     """Return the bytes of weights on one GPU, by part."""
-    weights, tp, layers_per_stage = item_bytes(deployment.precision.weights), deployment.tp_size, deployment.pp_size
+    weights, tp = item_bytes(deployment.precision.weights), deployment.tp_size
     parts = model.parameters_by_part
     experts = parts["experts"] * weights
     if deployment.ep_size > 1:
@@ -50,11 +50,11 @@ def weight_bytes(model: ModelSpec, deployment: Deployment, routing: Routing | No
         experts /= tp
     shared = parts["shared_experts"] * weights / (tp if deployment.ep_size == 1 else 1)
     return {
-        "attention_weights": parts["attention"] * weights / tp / layers_per_stage,
-        "dense_ffn_weights": parts["dense_ffn"] * weights / deployment.dense_tp / layers_per_stage,
-        "expert_weights": experts / layers_per_stage,
-        "shared_expert_weights": shared / layers_per_stage,
-        "router_and_norms": (parts["router"] * 4.0 + parts["norms"] * 2.0) / layers_per_stage,
+        "attention_weights": parts["attention"] * weights / tp,
+        "dense_ffn_weights": parts["dense_ffn"] * weights / deployment.dense_tp,
+        "expert_weights": experts,
+        "shared_expert_weights": shared,
+        "router_and_norms": parts["router"] * 4.0 + parts["norms"] * 2.0,
         "embedding_and_head": 2.0 * (parts["embedding"] + parts["head"]) / tp,
     }
 
@@ -76,9 +76,14 @@ def draft_bytes(model: ModelSpec, deployment: Deployment) -> float:
     return item_bytes(deployment.precision.weights) * held
 
 
-def kv_bytes_per_token(model: ModelSpec, deployment: Deployment) -> float:
-    """Return the cache bytes of one token on one GPU: every rank holds MLA's latent whole, GQA's heads are shared."""
-    per_token = model.kv_bytes_per_token(item_bytes(deployment.precision.kv_cache)) / deployment.pp_size
+def kv_bytes_per_token(model: ModelSpec, deployment: Deployment, *, speculative: bool) -> float:
+    """Return the cache bytes of one token on one GPU: every rank holds MLA's latent whole, GQA's heads are shared.
+
+    A drafting MTP layer (``speculative``) attends too, and keeps a cache of its own.
+    """
+    per_token = model.kv_bytes_per_token(item_bytes(deployment.precision.kv_cache))
+    if speculative:
+        per_token *= 1.0 + model.num_nextn_predict_layers / model.num_attention_sublayers
     if model.is_mla:
         return per_token
     return per_token / min(deployment.tp_size, model.num_key_value_heads)
@@ -100,7 +105,7 @@ def memory(
     if speculative:
         parts["draft_weights"] = draft_bytes(model, deployment)
     held = float(sequences_per_gpu) * deployment.tp_size * float(tokens_per_sequence)
-    parts["kv_cache"] = held * kv_bytes_per_token(model, deployment)
+    parts["kv_cache"] = held * kv_bytes_per_token(model, deployment, speculative=speculative)
     h = model.hidden_size
     rows = rows_per_gpu * deployment.tp_size
     wide = max(

@@ -388,12 +388,15 @@ def replica_kv_tokens(scenario: Scenario, serve: Serve, role: str = "shared") ->
         speculative=scenario.speculative.draft_tokens > 0, routing=scenario.routing,
     )  # fmt: skip
     holders = deployment.num_gpus / deployment.tp_size  # ranks of a tensor-parallel group hold the same tokens
-    return found.free_for_kv_bytes / kv_bytes_per_token(scenario.model, deployment) * holders, found
+    each = kv_bytes_per_token(scenario.model, deployment, speculative=scenario.speculative.draft_tokens > 0)
+    return found.free_for_kv_bytes / each * holders, found
 
 
 def _check_fit(scenario: Scenario, found: Memory) -> None:
     size = step_size(scenario)
-    each = size.context * kv_bytes_per_token(scenario.model, scenario.deployment) * scenario.deployment.tp_size
+    drafting = scenario.speculative.draft_tokens > 0
+    token = kv_bytes_per_token(scenario.model, scenario.deployment, speculative=drafting)
+    each = size.context * token * scenario.deployment.tp_size
     check_memory(found, kv_bytes_per_sequence=each, where=f"{scenario.where}: step", sequences=size.sequences)
 
 

@@ -152,7 +152,9 @@ def engine(scenario: Scenario, op_times: OpTimesLike, serve: Serve, role: str = 
         num_gpus=deployment.num_gpus,
         prefill_ranks=deployment.dp_size,
         weight_load_s=weights / (link.bandwidth if link else WEIGHT_LOAD_BYTES_PER_S),
-        kv_bytes_per_token=kv_bytes_per_token(scenario.model, deployment)
+        kv_bytes_per_token=kv_bytes_per_token(
+            scenario.model, deployment, speculative=scenario.speculative.draft_tokens > 0
+        )
         * (1 if scenario.model.is_mla else deployment.tp_size),
         num_layers=scenario.model.num_layers,
     )
