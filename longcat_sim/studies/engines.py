@@ -223,4 +223,4 @@ def kv_link(scenario: Scenario, serve: Serve) -> KvLink | None:
         )
     bandwidth = transfer.bandwidth or link.bandwidth * narrow.deployment.num_gpus
     latency = transfer.latency if transfer.latency is not None else (link.latency if link else 0.0)
-    return KvLink(bandwidth, latency, transfer.layer_wise)
+    return KvLink(bandwidth, latency, transfer.layer_wise, 1 if transfer.bandwidth else narrow.deployment.dp_size)

@@ -204,6 +204,17 @@ def test_kv_transfer_overlaps_with_prefill_layer_by_layer() -> None:
     assert (layers.replica, layers.decode_replica) == (0, 0)
 
 
+def test_the_kv_of_a_prompt_leaves_over_the_link_of_its_rank() -> None:
+    """Two prompts of 40 MB at once, 1 GB/s over 4 ranks: 160 ms each over a quarter, beside each other."""
+    spec = serve_spec(prefill={"replicas": 1}, decode={"replicas": 1})
+    engine = Engine(PLAIN, 1000, 4, kv_bytes_per_token=1e6, num_layers=10)
+    link = KvLink(1e9, 0.0, layer_wise=False, ranks=4)
+    rows = requests((0.0, 40, 2), (0.0, 40, 2))
+    found = simulate_serving(spec, {"prefill": engine, "decode": engine}, kv_link=link, requests=rows, debug=True)
+    # 10 ms and 1 per token of prefill, 160 of transfer, a step of 10
+    assert [r.last_token_s for r in found.records] == pytest.approx([0.090 + 0.160 + 0.010] * 2)
+
+
 def test_lost_replica_retries_or_fails_what_it_held() -> None:
     fault = {"kind": "replica_loss", "at": "25 ms", "duration": "1 s"}
     rows = [(0.0, 1, 5), (0.1, 1, 1)]

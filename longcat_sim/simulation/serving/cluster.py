@@ -232,20 +232,18 @@ class Cluster:
     def on_prefilled(self, replica: Replica, request: Request, now: int) -> None:
         """Send the KV of a prefilled request to the decode pool.
 
-        Transfers of one prefill replica take turns. Layer by layer they start with the prefill's last step and end
+        Transfers of one prefill replica take turns at all of its links together. Layer by layer they start with the prefill's last step and end
         one layer's share after it at the earliest; otherwise they start when it ends.
         """
         assert self.link is not None
         size = request.prompt * replica.pool.engine.kv_bytes_per_token
         factor = self.link_slowdown / self.link.bytes_per_s * 1e9
-        free = self.link_free.get(replica, 0)
+        own = round(size * factor * self.link.ranks)  # over the part of the rank that holds it
+        begin = replica.started if self.link.layer_wise else now
+        free = self.link_free[replica] = max(self.link_free.get(replica, 0), begin) + round(size * factor)
+        end = max(free, begin + own)
         if self.link.layer_wise:
-            begin = max(free, replica.started)
-            tail = round(size / replica.pool.engine.num_layers * factor)
-            end = max(begin + round(size * factor), now + tail)
-        else:
-            end = max(free, now) + round(size * factor)
-        self.link_free[replica] = end
+            end = max(end, now + round(own / replica.pool.engine.num_layers))
         self.transfers += 1
         retries = request.retries
 

@@ -40,6 +40,8 @@ class KvLink:
     bytes_per_s: float
     latency_s: float = 0.0
     layer_wise: bool = True
+    ranks: int = 1
+    """Data-parallel ranks that share ``bytes_per_s``: a prompt's KV lies on one, which has its part of it."""
 
 
 @dataclass
