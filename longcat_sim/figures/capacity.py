@@ -32,7 +32,7 @@ def capacity_figure(result: Any) -> Any:
     good = [row for row in result.survivors if row.figures is not None]
     figure.add_scatter(
         x=[row.figure("tokens_per_s_per_user") for row in good], y=[row.figure(cost) for row in good],
-        text=[_label(row) for row in good], mode="markers", name="simulated",
+        text=[_label(row) for row in good], mode="markers", name="simulated, one run each",
         marker={"size": 8, "color": PALETTE[0], "line": {"width": 0.5, "color": "white"}},
         hovertemplate="%{text}<br>%{x:.4g} tokens/s per user<br>%{y:.4g} USD<extra></extra>",
     )  # fmt: skip
@@ -46,7 +46,7 @@ def capacity_figure(result: Any) -> Any:
     winner = result.winner
     figure.add_scatter(
         x=[1 / winner.figure("tpot_s")], y=[winner.figure(cost)], error_y=_error(winner, cost),
-        error_x=_error(winner, "tpot_s", invert=True), mode="markers", name="winner, 90 % interval",
+        error_x=_error(winner, "tpot_s", invert=True), mode="markers", name="winner: median, 90 % interval",
         text=[_label(winner)], marker={"size": 15, "symbol": "star", "color": PALETTE[1]},
         hovertemplate="%{text}<br>%{x:.4g} tokens/s per user<br>%{y:.4g} USD<extra></extra>",
     )  # fmt: skip
