@@ -75,8 +75,7 @@ def _settle(
             goal[at] = PRIOR_WEIGHT * np.sqrt(PRIOR_POINTS)
     if weights is None:
         plain = np.stack([branch[:, :1].sum(1) for branch in branches])
-        chosen, trust = plain[::-1].argmax(0), np.ones(len(seconds))
-        chosen = len(branches) - 1 - chosen  # memory where both are alike
+        chosen, trust = _last_largest(plain), np.ones(len(seconds))
         weights = np.zeros(edges[-1])
     else:
         chosen, trust = _choice(weights, serial, branches, seconds)
@@ -117,7 +116,12 @@ def _choice(
     """Return which branch bounds each row, and how far each row is trusted (1 / its relative error)."""
     fixed, each = _times(weights, serial, branches)
     error = np.abs((fixed + each.max(0)) / seconds - 1)
-    return each.argmax(0), 1.0 / np.maximum(error, 0.02)
+    return _last_largest(each), 1.0 / np.maximum(error, 0.02)
+
+
+def _last_largest(each: FloatArray) -> Any:
+    """Return which branch is the largest [N]; memory where it ties with compute."""
+    return len(each) - 1 - each[::-1].argmax(0)
 
 
 def columns(

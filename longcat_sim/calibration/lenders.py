@@ -15,7 +15,7 @@ from longcat_sim.calibration.fit_file import read_fit
 from longcat_sim.calibration.fitted import FittedLaw
 from longcat_sim.calibration.laws import Device
 from longcat_sim.calibration.transfer import device_of
-from longcat_sim.errors import SpecError, UserError
+from longcat_sim.errors import MeasurementError, SpecError, UserError
 from longcat_sim.specs.hardware import HardwareSpec, hardware_names, load_hardware
 
 OTHER_ARCHITECTURE = 0.18
@@ -93,5 +93,9 @@ def _laws_of(lender: HardwareSpec) -> list[FittedLaw]:
     """Return the laws of a profile, read once; a profile that was fitted again has another ``fit``."""
     kept = _read.get(lender.name)
     if kept is None or kept[0] is not lender.fit:
-        kept = _read[lender.name] = lender.fit, list(read_fit(lender)[0].values())
+        try:
+            laws = list(read_fit(lender)[0].values())
+        except MeasurementError:  # of another version: it answers for itself when it is asked, and lends nothing
+            laws = []
+        kept = _read[lender.name] = lender.fit, laws
     return kept[1]

@@ -3,7 +3,7 @@
 Splits: ``random`` (a fifth, five times over), ``largest`` (the 15 % of points with most work), ``dimension`` (one whole
 value of each coordinate). Beside them ``fitted`` is the error on the points that were fitted: where a kernel gets
 faster as a size grows, times here, which never fall, must differ. ``random p10`` is ``random`` with the 10th
-percentiles of the measured times in place of their medians, fitted and held out alike: what a quiet machine would show.
+percentiles of the measured times in place of their medians, fitted and held out alike.
 
 Intervals use the quantiles of held-out residuals (split conformal), beyond the measured sizes the widest of the last
 two splits'. Their coverage is checked on points that neither the fit nor the quantiles saw.
@@ -60,12 +60,12 @@ def judge(
         inside[fold == number] = residual(fold == number)
     law.correlation_ = neighbour_correlation(coordinates, inside)
 
-    # each fifth against the interval made of the other four
-    low_high = np.array([_interval(_quantiles(inside[fold != number])) for number in range(FOLDS)])
-    errors = {"random": _figures(inside, low_high[fold, 0], low_high[fold, 1])}
+    errors = {"random": _by_folds(inside, fold)}
     if p10 is not None:
-        lowest = np.concatenate([residual(fold == number, p10) for number in range(FOLDS)])
-        errors["random p10"] = _figures(lowest, *_interval(_quantiles(lowest)))
+        lowest = np.zeros(len(seconds))
+        for number in range(FOLDS):
+            lowest[fold == number] = residual(fold == number, p10)
+        errors["random p10"] = _by_folds(lowest, fold)
     largest, dimension = largest_split(law.kind, coordinates), dimension_splits(coordinates)
     parts = {"largest": [largest] if largest is not None else [], "dimension": dimension}
     found = {name: [residual(test) for test in tests if (~test).sum() >= MIN_TRAIN] for name, tests in parts.items()}
@@ -79,6 +79,12 @@ def judge(
     errors["fitted"] = _figures(known, *_interval(_quantiles(inside)))
     law.errors_ = errors
     law.residuals_ = {"interpolated": _quantiles(inside), "extrapolated": _envelope(pieces or [inside])}
+
+
+def _by_folds(residual: FloatArray, fold: Any) -> dict[str, float]:
+    """Return the figures of residuals, each fifth against the interval made of the other four."""
+    edges = np.array([_interval(_quantiles(residual[fold != number])) for number in range(FOLDS)])
+    return _figures(residual, edges[fold, 0], edges[fold, 1])
 
 
 def largest_split(kind: str, coordinates: tuple[FloatArray, ...]) -> Any:

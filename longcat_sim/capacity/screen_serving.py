@@ -24,6 +24,7 @@ from longcat_sim.capacity.screen import nothing_left
 from longcat_sim.capacity.traffic import Traffic
 from longcat_sim.errors import CapacityError, UserError
 from longcat_sim.ops.op import FloatArray
+from longcat_sim.simulation.serving.ranked import fill_nodes, rank_share
 from longcat_sim.simulation.step import replica_kv_tokens
 from longcat_sim.specs.scenario import Scenario
 from longcat_sim.specs.serve import Scheduler
@@ -44,13 +45,25 @@ class Curve:
     """Of a decode step [B]."""
     prompt_extra_s: FloatArray
     """What a prompt adds to the steps that carry it, beside a decode batch [B]."""
-    prompt_alone_s: float
-    """A prompt on an idle replica, on one of its data-parallel ranks."""
-    prompt_step_s: float
-    """One step of that: what the next prompt may have to wait for."""
+    prompt_s: FloatArray
+    """A prompt's way through those steps, beside a decode batch [B]."""
+    alone_s: FloatArray
+    """A prompt's way through steps without a decode batch, at each of ``fills``."""
+    fills: FloatArray
+    """Shares of the data-parallel ranks that have a prompt."""
+    turns: int
+    """Steps of a prompt."""
     prompt_share_s: float
     """A prompt's share of a full prefill step: what limits a prefill pool."""
     usd_per_hour: float
+
+    def alone_at(self, requests_per_s: float) -> float:
+        """Return a prompt's way through a replica that only prefills, at a rate."""
+        ranks, fill = 1.0 / self.fills[0], float(self.fills[0])
+        for _ in range(ROUNDS):  # as many prompts are under way as the rate times how long one takes
+            taken = float(np.interp(fill, self.fills, self.alone_s))
+            fill = float(np.clip(requests_per_s * taken / ranks, self.fills[0], 1.0))
+        return float(np.interp(fill, self.fills, self.alone_s))
 
     def requests_per_s(self, output_tokens: float, tokens_per_step: float, *, shared: bool) -> FloatArray:
         """Return the rate that each batch carries [B]."""
@@ -86,48 +99,76 @@ def curve(shape: Shape, step: StepFn, traffic: Traffic) -> Curve:
     room = max(0.0, replica_kv_tokens(shape.scenario, serve, role)[0]) / held
     most = max(1.0, min(float(scheduler.max_num_seqs), room))
     batch = np.unique(np.geomspace(1.0, most, max(2, int(np.log2(most) * 2) + 2)))
-    chunks = int(np.ceil(traffic.computed_tokens / budget))
-    tokens = traffic.computed_tokens / chunks
-    keys = max(traffic.prompt_keys, (tokens + 1) / 2)
     ranks = shape.scenario.deployment.dp_size
     turns = prompt_turns(scheduler, ranks, traffic.computed_tokens)
+    fills = np.array(fill_nodes(ranks)) if ranks > 1 else np.ones(1)
     own = traffic.computed_tokens / turns
-    many = np.concatenate
-    one = np.ones(len(batch))
-    zero = np.zeros(len(batch))
-    # every point in one call: decode alone, a prompt's chunk beside the batch (on all ranks, as when others' are there
-    # too), a prompt's chunk alone, a full prefill step
+    keys = max(traffic.prompt_keys, (own + 1) / 2)
+    many, n, f = np.concatenate, len(batch), len(fills)
+    # every point in one call: decode alone; a prompt's chunk beside the batch, then alone, at every share of ranks that
+    # have one; and a full prefill step
     seconds = step(
-        many([batch, batch, [0.0, 0.0]]),
-        many([one * traffic.decode_context, one * traffic.decode_context, [1.0, 1.0]]),
-        many([zero, one * tokens, [own * ranks, budget]]),
-        many([one, one * keys, [max(traffic.prompt_keys, (own + 1) / 2), min(keys, (budget + 1) / 2)]]),
-        many([one, one, [1.0 / ranks, 1.0]]),
+        many([batch, np.repeat(batch, f), np.zeros(f + 1)]),
+        many([np.full(n + n * f, traffic.decode_context), np.ones(f + 1)]),
+        many([np.zeros(n), np.full(n * f + f, own * ranks), [budget]]),
+        many([np.ones(n), np.full(n * f + f, keys), [min(keys, (budget + 1) / 2)]]),
+        many([np.ones(n), np.tile(fills, n + 1), [1.0]]),
     )
-    n = len(batch)
-    alone, chunk_s, full_s = seconds[:n], float(seconds[-2]), float(seconds[-1])
+    decode_s, beside_s, alone_s = seconds[:n], seconds[n : n + n * f].reshape(n, f), seconds[n + n * f : -1]
+    extra, way = _beside(
+        shape.scenario, traffic, batch, decode_s, np.maximum(beside_s, decode_s[:, None]), fills, turns
+    )
     return Curve(
-        shape, batch, alone, np.maximum(seconds[n : 2 * n] - alone, 0.0) * chunks, chunk_s * turns, chunk_s,
-        full_s * traffic.computed_tokens / budget, shape.scenario.usd_per_gpu_hour * shape.num_gpus,
+        shape, batch, decode_s, extra, way, alone_s * turns, fills, turns,
+        float(seconds[-1]) * traffic.computed_tokens / budget, shape.scenario.usd_per_gpu_hour * shape.num_gpus,
     )  # fmt: skip
 
 
+ROUNDS = 8
+"""Rounds in which the prompts under way and how long each takes settle (each is a mild function of the other)."""
+
+
+def _beside(
+    scenario: Scenario, traffic: Traffic, batch: FloatArray, decode_s: FloatArray, beside_s: FloatArray,
+    fills: FloatArray, turns: int,
+) -> tuple[FloatArray, FloatArray]:  # fmt: skip
+    """Return (what a prompt adds to its steps, its way through them) beside each decode batch [B].
+
+    Prompts that are under way at once, on ranks of their own, share what their steps take longer: by Little's law they
+    are as many as the rate that the batch carries times a prompt's way.
+    """
+    ranks, per_step = round(1.0 / fills[0]), scenario.speculative.tokens_per_step
+    flying = np.ones(len(batch))
+    for _ in range(ROUNDS):
+        step_s = np.array([np.interp(at / ranks, fills, row) for at, row in zip(flying, beside_s, strict=True)])
+        extra, way = turns * (step_s - decode_s) / flying, turns * step_s
+        rate = 1.0 / (extra + traffic.output_tokens * decode_s / (batch * per_step))
+        flying = np.clip(rate * way, 1.0, ranks)
+    return extra, way
+
+
 def prompt_turns(scheduler: Scheduler, ranks: int, tokens: float) -> int:
-    """Return the steps of a prompt: a data-parallel rank has its share of the token budget."""
-    return int(np.ceil(tokens * ranks / scheduler.max_num_batched_tokens)) if scheduler.chunked_prefill else 1
+    """Return the steps of a prompt on its data-parallel rank."""
+    if not scheduler.chunked_prefill:
+        return 1
+    most = rank_share(scheduler.max_num_batched_tokens, ranks)
+    return max(1, int(np.ceil(tokens / min(most, scheduler.long_prefill_token_threshold or most))))
 
 
 def ttft_floor_s(scenario: Scenario, tokens: float) -> float:
     """Return a bound below which no schedule brings a prompt of ``tokens`` through this deployment.
 
-    Its FLOP on all GPUs of the replica at their highest data-sheet peak, or one read of the weights that every step
+    What the GPU with the prompt has to compute at its highest data-sheet peak: experts are spread over ``ep_size``
+    GPUs, attention over ``tp_size``, dense FFNs over ``dense_tp_size``. Or one read of the weights that every step
     reads (not the experts) at the full memory bandwidth.
     """
     hardware, deployment = scenario.hardware, scenario.deployment
-    flop = sum(scenario.model.flop_per_token((tokens + 1) / 2, phase="prefill").values()) * tokens
+    flop = scenario.model.flop_per_token((tokens + 1) / 2, phase="prefill")
+    cut = {"dense_ffn": deployment.dense_tp, "experts": max(deployment.ep_size, deployment.tp_size)}
+    own = sum(each / cut.get(name, deployment.tp_size) for name, each in flop.items() if name != "head")
     parts = memory_at(scenario, 1.0, 1.0).parts
     read = parts["attention_weights"] + parts["dense_ffn_weights"]
-    return max(flop / (deployment.num_gpus * max(hardware.peak.values())), read / hardware.memory_bandwidth)
+    return max(own * tokens / max(hardware.peak.values()), read / hardware.memory_bandwidth)
 
 
 def check_ttft_reachable(scenario: Scenario, kept: list[Shape], limit_s: float | None) -> None:
@@ -194,10 +235,9 @@ def _figures(
     }  # fmt: skip
 
 
-def _waiting(load: float, service_s: float, step_s: float | None = None) -> float:
+def _waiting(load: float, service_s: float, step_s: float) -> float:
     """Return the mean wait of M/D/1: for the rest of the step under way (one lasts ``step_s``), then for the queue."""
-    rest = service_s if step_s is None else step_s
-    return load * rest / 2 + load**2 * service_s / (2 * (1 - load))
+    return load * step_s / 2 + load**2 * service_s / (2 * (1 - load))
 
 
 def _shared(
@@ -217,7 +257,8 @@ def _shared(
             step_s = float(np.interp(batch, one.batch, one.step_s))
             # of a request's decoding time, others' prompts take the share ``load``
             tpot = step_s / per_step / (1 - load)
-            ttft = one.prompt_alone_s + step_s / 2 + _waiting(load, extra)
+            way = float(np.interp(batch, one.batch, one.prompt_s))
+            ttft = way + step_s / 2 + _waiting(load, extra, way / one.turns)
             changes = {**one.shape.changes, "serve.replicas": count}
             rows.append(
                 {
@@ -252,8 +293,9 @@ def _split(
         for count in counts(one, 1 / one.prompt_share_s):
             load = traffic.requests_per_s / (count - spare) * one.prompt_share_s
             if load < 0.999:
-                wait = _waiting(load, one.prompt_share_s, one.prompt_step_s)
-                prefills.append((one, count, one.prompt_alone_s + wait, load))
+                way = one.alone_at(load / one.prompt_share_s)
+                wait = _waiting(load, one.prompt_share_s, way / one.turns)
+                prefills.append((one, count, way + wait, load))
         carried = np.maximum.accumulate(one.requests_per_s(traffic.output_tokens, per_step, shared=False))
         for count in counts(one, float(carried[-1])):
             each = traffic.requests_per_s / (count - spare)

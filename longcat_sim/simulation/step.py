@@ -341,9 +341,11 @@ def step_seconds_many(
         load = typical_load(
             model, deployment, scenario.routing, tokens, seed=seed, domain=domain, trace=recorded_trace(scenario)
         )
-        if is_shared:  # the fullest rank sends more than the mean
-            above = size.rows / tokens
-            load = replace(load, sent=load.sent * above, fan_out=load.fan_out * above)
+        if is_shared and (share < 1).any():  # the fullest rank sends what its own rows make
+            own = typical_load(
+                model, deployment, scenario.routing, size.rows, seed=seed, domain=domain, trace=recorded_trace(scenario)
+            )
+            load = replace(load, sent=own.sent, fan_out=own.fan_out)
     drafts = scenario.speculative.draft_tokens if phase == "decode" else 0
     blocks = step_graph(model, deployment, size, load, drafts)
     law = law_of(scenario, op_times, contention)
@@ -382,6 +384,8 @@ def replica_kv_tokens(scenario: Scenario, serve: Serve, role: str = "shared") ->
     deployment, scheduler = scenario.deployment, serve.scheduler
     decoding = scheduler.max_num_seqs * (1 + scenario.speculative.draft_tokens)
     rows = decoding if role == "decode" else scheduler.max_num_batched_tokens
+    if role != "decode" and not scheduler.chunked_prefill:  # a whole prompt is on one rank
+        rows *= deployment.dp_size
     found = memory(
         scenario.model, deployment, scenario.hardware, sequences_per_gpu=0.0, tokens_per_sequence=0.0,
         rows_per_gpu=rows / deployment.num_gpus, decode=role == "decode",

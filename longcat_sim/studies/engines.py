@@ -13,7 +13,7 @@ from longcat_sim.errors import MemoryFitError
 from longcat_sim.ops.memory import kv_bytes_per_token, memory
 from longcat_sim.ops.op import FloatArray, OpTimesLike
 from longcat_sim.simulation.serving.cluster import Engine, KvLink
-from longcat_sim.simulation.serving.ranked import RankedStepTimes
+from longcat_sim.simulation.serving.ranked import RankedStepTimes, rank_share
 from longcat_sim.simulation.serving.step_times import StepTimeGrid
 from longcat_sim.simulation.serving.synthetic import Synthetic
 from longcat_sim.simulation.serving.workload import TraceReader
@@ -110,12 +110,11 @@ def step_grid(scenario: Scenario, op_times: OpTimesLike, serve: Serve) -> StepTi
     scheduler, ranks = serve.scheduler, scenario.deployment.dp_size
     longest = scheduler.max_model_len or min(MAX_CONTEXT_TOKENS, scenario.model.max_position_embeddings)
     budget = scheduler.max_num_batched_tokens
-    sizes: dict[str, Any] = {"max_batch": scheduler.max_num_seqs, "max_context": longest, "max_prefill_tokens": budget}
+    own = rank_share(budget, ranks) if scheduler.chunked_prefill else budget
+    sizes: dict[str, Any] = {"max_batch": scheduler.max_num_seqs, "max_context": longest, "max_prefill_tokens": own}
     step = StepFunction(scenario, op_times)
     if ranks == 1:
         return StepTimeGrid.from_function(step, **sizes)
-    if not scheduler.chunked_prefill:  # a whole prompt is on one rank
-        sizes["max_prefill_tokens"] = min(budget, longest) * ranks
     return RankedStepTimes.from_function(step, ranks, **sizes)
 
 
@@ -150,7 +149,6 @@ def engine(scenario: Scenario, op_times: OpTimesLike, serve: Serve, role: str = 
         step_times=step_grid(scenario, op_times, serve),
         kv_blocks=kv_blocks(scenario, serve, role),
         num_gpus=deployment.num_gpus,
-        prefill_ranks=deployment.dp_size,
         weight_load_s=weights / (link.bandwidth if link else WEIGHT_LOAD_BYTES_PER_S),
         kv_bytes_per_token=kv_bytes_per_token(
             scenario.model, deployment, speculative=scenario.speculative.draft_tokens > 0
@@ -192,7 +190,7 @@ def budget_notes(pools: Mapping[str, Scenario], serve: Serve) -> list[str]:
     found = []
     for name, part in pools.items():
         ranks = part.deployment.dp_size
-        each = budget // ranks
+        each = rank_share(budget, ranks)
         if name != "decode" and ranks > 1 and each < FEW_TOKENS and serve.scheduler.chunked_prefill:
             found.append(
                 f"serve.scheduler.max_num_batched_tokens = {budget} is a whole replica's: each of its {ranks} "

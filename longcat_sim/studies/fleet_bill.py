@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longcat_sim.capacity.price import Bill, Work, bill
+from longcat_sim.capacity.screen_serving import prompt_turns
 from longcat_sim.simulation.metrics import counted_window_s, stability
 from longcat_sim.simulation.serving.simulate import PoolUse, ServingResult
 from longcat_sim.studies.engines import StepFunction
@@ -79,11 +80,12 @@ def _work(
         computed = max(float((inputs - cached).mean()), 1.0)
         before = float(cached.mean())
         keys = (computed + 1) / 2
-        at = np.array([computed])
-        own = float(step(np.zeros(1), np.zeros(1), at, np.array([keys]))[0])
-        whole = float(step(np.zeros(1), np.zeros(1), at, np.array([keys + before]))[0])
-        cached_share = max(0.0, 1 - own / whole) if before else 0.0
-        prefill_alone = whole / computed * float((inputs - cached).sum()) if does_prefill else 0.0
+        ranks, fill = step.scenario.deployment.dp_size, pool.prefill_fill
+        at = computed / prompt_turns(run.serve.scheduler, ranks, computed) * ranks
+        many = np.array([at, at])
+        own, whole = step(np.zeros(2), np.zeros(2), many, np.array([keys, keys + before]), fill)
+        cached_share = max(0.0, 1 - float(own / whole)) if before else 0.0
+        prefill_alone = float(whole) / (at * fill) * float((inputs - cached).sum()) if does_prefill else 0.0
         if does_decode and outputs.sum() > len(outputs):
             gaps = columns.numpy("last")[done] - columns.numpy("first")[done]
             batch = max(1.0, float(gaps.sum()) * 1e-9 / (max(length, 1e-9) * pool.num_replicas))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from longcat_sim.calibration.roofline import Roofline
 from longcat_sim.simulation.serving.cluster import Engine
-from longcat_sim.simulation.serving.ranked import RankedStepTimes, fill_nodes
+from longcat_sim.simulation.serving.ranked import RankedStepTimes, fill_nodes, fullest_rank, rank_share
 from longcat_sim.simulation.serving.simulate import simulate_serving
-from longcat_sim.simulation.step import step_seconds_many
+from longcat_sim.simulation.step import replica_kv_tokens, step_seconds_many
 from longcat_sim.specs.scenario import Scenario, scenario
 from longcat_sim.specs.serve import Serve
 from longcat_sim.studies.engines import StepFunction
@@ -26,15 +29,15 @@ def linear(batch: Any, context: Any, tokens: Any, keys: Any, fill: float) -> Any
     return 1e-3 + tokens / RANKS * 1e-6 + tokens * fill * 2e-7
 
 
-def times(budget: int = 1024) -> RankedStepTimes:
-    return RankedStepTimes.from_function(linear, RANKS, max_batch=8, max_context=4096, max_prefill_tokens=budget)
+def times(tokens: int = 256) -> RankedStepTimes:
+    return RankedStepTimes.from_function(linear, RANKS, max_batch=8, max_context=4096, max_prefill_tokens=tokens)
 
 
 def run(rows: Any, **scheduler: Any) -> list[int]:
     settings = {"max_num_batched_tokens": 1024, "max_num_seqs": 8, "prefix_cache": False, **scheduler}
     serve = Serve.model_validate({"workload": {}, "scheduler": settings})
-    made = times() if settings.get("chunked_prefill", True) else times(4096)
-    result = simulate_serving(serve, Engine(made, 10_000, prefill_ranks=RANKS), requests=requests(*rows))
+    made = times() if settings.get("chunked_prefill", True) else times(1024)
+    result = simulate_serving(serve, Engine(made, 10_000), requests=requests(*rows))
     return [int(first) for first in result.records.numpy("first")]
 
 
@@ -64,7 +67,7 @@ def test_fast_forward_and_single_steps_agree() -> None:
     rng = np.random.default_rng(7)
     arrivals = np.cumsum(rng.exponential(0.004, 120))
     rows = [(float(t), int(rng.integers(1, 900)), int(rng.integers(1, 60))) for t in arrivals]
-    engine = Engine(times(), 10_000, prefill_ranks=RANKS)
+    engine = Engine(times(), 10_000)
     fast, slow = (
         simulate_serving(serve, engine, requests=requests(*rows), step_by_step=each).records for each in (False, True)
     )
@@ -111,4 +114,64 @@ def test_a_budget_that_leaves_ranks_few_tokens_is_named() -> None:
 
 def test_fills_run_from_one_rank_to_all() -> None:
     assert fill_nodes(2) == [0.5, 1.0]
-    assert fill_nodes(16) == [1 / 16, 0.25, 1.0]
+    assert fill_nodes(16) == [1 / 16, 0.25, 0.5, 1.0]
+    assert fill_nodes(32) == [1 / 32, 1 / 8, 0.25, 0.5, 1.0]
+
+
+def test_the_others_wait_for_the_rank_with_the_most_tokens_and_the_most_keys() -> None:
+    late = (100, 100 * 30_000)  # after 30,000 tokens
+    assert fullest_rank([late], 4, 256) == (100, 3_000_000)
+    assert fullest_rank([late, (256, 256 * 128)], 4, 256) == (256, 3_000_000)  # as long as either rank
+    assert fullest_rank([(50, 5)] * 4 + [(1, 1)], 4, 256) == (51, 6)  # the last joins the least full
+    assert fullest_rank([(200, 20)] * 5, 4, 256) == (256, 40)  # a full rank cuts its last chunk
+    assert fullest_rank([(200, 20)] * 5, 4, 500) == (400, 40)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 256), st.integers(0, 20_000)), min_size=1, max_size=9))
+def test_a_chunk_more_never_shortens_a_step(rows: list[tuple[int, int]]) -> None:
+    """Of a step function that grows with tokens, keys and fill."""
+    made = attending()
+    chunks = [(tokens, tokens * before + tokens * (tokens + 1) // 2) for tokens, before in rows]
+
+    def step(of: list[tuple[int, int]]) -> int:
+        fullest, pairs = fullest_rank(of, RANKS, 256)
+        return made.ranked_ns(0, 0, min(sum(tokens for tokens, _ in of), RANKS * 256), fullest, pairs)
+
+    if len(chunks) <= RANKS:
+        assert all(step(chunks[: n + 1]) >= step(chunks[:n]) - 1 for n in range(1, len(chunks)))
+    assert step(chunks) >= max(step([chunk]) for chunk in chunks) - 1
+
+
+@cache
+def attending() -> RankedStepTimes:
+    def f(batch: Any, context: Any, tokens: Any, keys: Any, fill: float) -> Any:
+        return linear(batch, context, tokens, keys, fill) + tokens / RANKS * keys * 1e-10
+
+    return RankedStepTimes.from_function(f, RANKS, max_batch=8, max_context=32768, max_prefill_tokens=256)
+
+
+@pytest.mark.parametrize("ep_size", [16, 8])
+def test_work_on_more_ranks_never_shortens_a_step_of_longcat(ep_size: int) -> None:
+    of = case().what_if({"deployment.ep_size": ep_size})
+    step, fills = StepFunction(of, Roofline(of.hardware)), np.linspace(1 / 16, 1, 16)
+    for tokens in (64.0, 512.0, 2048.0):
+        flat = np.full(len(fills), tokens * 16)
+        seconds = step(np.zeros(16), np.zeros(16), flat, (flat / 16 + 1) / 2, fills)
+        assert (np.diff(seconds) >= -2e-3 * seconds[1:]).all()
+
+
+def test_a_budget_that_ranks_do_not_divide_is_inside_the_grid() -> None:
+    made = RankedStepTimes.from_function(
+        linear, 3, max_batch=8, max_context=4096, max_prefill_tokens=rank_share(1024, 3)
+    )
+    serve = Serve.model_validate({"workload": {}, "scheduler": {"max_num_batched_tokens": 1024, "max_num_seqs": 8}})
+    result = simulate_serving(serve, Engine(made, 10_000), requests=requests(*[(0.0, 700, 1)] * 6))
+    assert result.pools["shared"].outside_steps == 0
+    assert 0.9 < result.pools["shared"].prefill_fill <= 1.0
+
+
+def test_a_whole_prompt_on_one_rank_needs_room_for_its_activations() -> None:
+    of = case().what_if({"serve.scheduler.chunked_prefill": False})
+    chunked, whole = (replica_kv_tokens(each, each.serve, "prefill")[1] for each in (case(), of))  # type: ignore[arg-type]
+    assert whole.parts["activations"] == pytest.approx(16 * chunked.parts["activations"], rel=0.01)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from longcat_sim.simulation.serving.drafts import Drafts
 from longcat_sim.simulation.serving.kv_cache import MISS, KvCache, Match
+from longcat_sim.simulation.serving.ranked import rank_share
 from longcat_sim.simulation.serving.request import NEVER, Request
 
 if TYPE_CHECKING:
@@ -37,11 +38,10 @@ class Batch:
         self.budget = scheduler.max_num_batched_tokens
         self.is_chunked = scheduler.chunked_prefill
         self.chunk_limit = scheduler.long_prefill_token_threshold or 1 << 62
-        self.prefill_ranks = pool.engine.prefill_ranks
-        # a prompt is on one rank, which has its share. Source: sglang, chunked_prefill_size // dp_size
-        self.rank_budget = max(1, self.budget // self.prefill_ranks)
+        self.prefill_ranks = getattr(pool.step_times, "ranks", 1)
+        self.rank_share = rank_share(self.budget, self.prefill_ranks) if self.is_chunked else self.budget
         if self.is_chunked:
-            self.chunk_limit = min(self.chunk_limit, self.rank_budget)
+            self.chunk_limit = min(self.chunk_limit, self.rank_share)  # a prompt is on one rank
         self.multi_step = scheduler.multi_step
         self.drafts: Drafts | None = pool.make_drafts()
         per_step = 1 + (self.drafts.num_tokens if self.drafts else 0)
@@ -226,16 +226,6 @@ class Batch:
             if tokens:
                 budget -= tokens
                 chunks.append((request, tokens))
-
-    def _fullest(self, tokens: int, chunks: list[tuple[Request, int]]) -> int:
-        """Return the prompt tokens of the rank with the most of them: chunks are dealt out evenly, each to one rank."""
-        ranks, count = self.prefill_ranks, len(chunks)
-        most = max(each for _, each in chunks)
-        if count > ranks:
-            most = max(most, -(-(-(-count // ranks) * tokens) // count))
-            if self.is_chunked:  # a full rank cuts its last chunk
-                most = min(most, self.rank_budget)
-        return max(most, -(-tokens // ranks))
 
     def _admit(self, request: Request, now: int, budget: int) -> int:
         """Try to admit the head of the queue: tokens of its first chunk; 0: nothing to compute now; or ``BLOCKED``."""

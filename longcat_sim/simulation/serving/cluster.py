@@ -232,8 +232,8 @@ class Cluster:
     def on_prefilled(self, replica: Replica, request: Request, now: int) -> None:
         """Send the KV of a prefilled request to the decode pool.
 
-        Transfers of one prefill replica take turns at all of its links together. Layer by layer they start with the prefill's last step and end
-        one layer's share after it at the earliest; otherwise they start when it ends.
+        Transfers of one prefill replica take turns at all of its links together. Layer by layer they start with the
+        prefill's last step and end one layer's share after it at the earliest; otherwise they start when it ends.
         """
         assert self.link is not None
         size = request.prompt * replica.pool.engine.kv_bytes_per_token

@@ -20,7 +20,7 @@ class Engine:
     """What one replica of a pool is: its step times and sizes."""
 
     step_times: Any
-    """A ``StepTimes`` (or ``DetailedStepTimes``)."""
+    """A ``StepTimes``, ``DetailedStepTimes``, or ``RankedStepTimes`` (attention is data parallel)."""
     kv_blocks: int
     """KV blocks of ``scheduler.block_tokens``; ``scheduler.num_kv_blocks`` overrides."""
     num_gpus: int = 1
@@ -29,8 +29,6 @@ class Engine:
     kv_bytes_per_token: float = 0.0
     """Of the whole replica: sizes KV transfers and slower tiers."""
     num_layers: int = 1
-    prefill_ranks: int = 1
-    """Ranks that prefill prompts of their own (``RankedStepTimes``): each has its share of the token budget."""
 
 
 @dataclass(frozen=True)

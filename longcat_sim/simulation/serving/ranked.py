@@ -1,14 +1,16 @@
 """Step times of a replica whose attention is data parallel: a prompt is prefilled on one rank, beside the others'.
 
-A mixed step lasts as long as on the rank with the most prompt tokens, while the experts see the tokens of all ranks.
-So its time depends on that rank's tokens and on the *fill*: all ranks' tokens over those of as many equally full ranks.
+A mixed step lasts as long as on the rank with the most prompt tokens and the most keys to attend to, while the experts
+see the tokens of all ranks. So its time depends on that rank's tokens and keys, and on the *fill*: all ranks' tokens
+over those of as many equally full ranks.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from heapq import heapify, heapreplace
 from itertools import pairwise
 from typing import Any
 
@@ -21,13 +23,38 @@ RankedFunction = Callable[..., FloatArray]
 
 
 def fill_nodes(ranks: int) -> list[float]:
-    """Return shares from one full rank to all: two, and the geometric middle of a wide replica."""
-    return [1.0 / ranks, *([ranks**-0.5] if ranks >= 8 else []), 1.0]
+    """Return shares from one full rank to all; where dense FFNs are cut over ranks, times bend between."""
+    return sorted({1.0 / ranks, *(share for share in (4.0 / ranks, 0.25, 0.5) if 1.5 / ranks < share < 0.9), 1.0})
+
+
+def rank_share(budget: int, ranks: int) -> int:
+    """Return the prompt tokens of one rank in one step. Source: sglang, chunked_prefill_size // dp_size."""
+    return -(-budget // ranks)
+
+
+def fullest_rank(chunks: Sequence[tuple[int, int]], ranks: int, most: int) -> tuple[int, int]:
+    """Return (tokens, pairs of query and key) of the rank that the others wait for.
+
+    Chunks of (tokens, pairs) are dealt out largest first, each to the rank with the fewest tokens; a rank takes at
+    most ``most`` (a full one cuts its last chunk), and one of them as much as an even share. Tokens and pairs may be
+    two ranks': the step lasts as long as either.
+    """
+    if len(chunks) <= ranks:
+        return max(tokens for tokens, _ in chunks), max(pairs for _, pairs in chunks)
+    held = [(0, rank) for rank in range(ranks)]
+    heapify(held)
+    pairs_of = [0] * ranks
+    for tokens, pairs in sorted(chunks, reverse=True):
+        load, rank = held[0]
+        pairs_of[rank] += pairs
+        heapreplace(held, (load + tokens, rank))
+    fullest, even = max(held)[0], -(-sum(tokens for tokens, _ in chunks) // ranks)
+    return max(min(fullest, most), even), max(pairs_of)
 
 
 @dataclass(frozen=True)
 class RankedStepTimes:
-    """A ``StepTimeGrid`` for each fill; look-ups between two are linear. Build it with ``from_function``."""
+    """A ``StepTimeGrid`` of one rank's tokens for each fill; look-ups between two are linear."""
 
     ranks: int
     fills: list[float]
@@ -38,10 +65,13 @@ class RankedStepTimes:
 
     @classmethod
     def from_function(cls, f: RankedFunction, ranks: int, **sizes: Any) -> RankedStepTimes:
-        """Evaluate ``f`` at every fill on the grid that ``sizes`` describe (see ``StepTimeGrid.from_function``)."""
+        """Evaluate ``f`` at every fill on the grid that ``sizes`` describe (see ``StepTimeGrid.from_function``).
+
+        ``max_prefill_tokens`` is that of one rank.
+        """
 
         def at(fill: float) -> Callable[..., FloatArray]:
-            return lambda *args: f(*args, fill)
+            return lambda batch, context, tokens, keys: f(batch, context, tokens * ranks, keys, fill)
 
         fills = fill_nodes(ranks)
         grids = [StepTimeGrid.from_function(at(fill), **sizes) for fill in fills]
@@ -79,17 +109,21 @@ class RankedStepTimes:
         """Return the times of decode steps of one batch [N]."""
         return self.grids[-1].decode_many_ns(batch, total_contexts)
 
-    def mixed_ns(self, batch: int, total_context: int, prefill_tokens: int, pairs: int, fullest: int) -> int:
-        """Return the time of a step that prefills ``prefill_tokens``, ``fullest`` of them on one rank."""
-        padded = fullest * self.ranks
-        fill = prefill_tokens / padded
-        keys = pairs * (padded / prefill_tokens)
-        fills = self.fills
+    def ranked_ns(self, batch: int, total_context: int, tokens: int, fullest: int, pairs: int) -> int:
+        """Return the time of a step that prefills ``tokens`` on all ranks; the one that the others wait for has
+        ``fullest`` of them, whose queries attend to ``pairs`` keys in all."""
+        fill, fills = tokens / (fullest * self.ranks), self.fills
         k = min(max(bisect_right(fills, fill) - 1, 0), len(fills) - 2)
-        low = self.grids[k].mixed_ns(batch, total_context, padded, keys)
-        high = self.grids[k + 1].mixed_ns(batch, total_context, padded, keys)
+        low = self.grids[k].mixed_ns(batch, total_context, fullest, pairs)
+        high = self.grids[k + 1].mixed_ns(batch, total_context, fullest, pairs)
         return round(low + (high - low) * ((fill - fills[k]) / (fills[k + 1] - fills[k])))
 
-    def is_outside(self, batch: int, total_context: int, prefill_tokens: int) -> bool:
-        """Whether the step lies outside the nodes; tokens are those of the fullest rank times the ranks."""
-        return self.grids[-1].is_outside(batch, total_context, prefill_tokens)
+    def dealt_ns(self, batch: int, total_context: int, chunks: Sequence[tuple[int, int]], most: int) -> tuple[int, int]:
+        """Return the time of a step with chunks of (tokens, tokens before them), and the fullest rank's tokens."""
+        each = [(count, count * before + (count * (count + 1) >> 1)) for count, before in chunks]
+        fullest, pairs = fullest_rank(each, self.ranks, most)
+        return self.ranked_ns(batch, total_context, sum(count for count, _ in chunks), fullest, pairs), fullest
+
+    def is_outside(self, batch: int, total_context: int, fullest: int) -> bool:
+        """Whether the step lies outside the nodes."""
+        return self.grids[-1].is_outside(batch, total_context, fullest)

@@ -60,6 +60,8 @@ class Replica(Batch):
         self.busy_ns = 0
         self.slowdown = 1.0
         self.prefilled_tokens = 0
+        self.fullest_tokens = 0
+        """Prompt tokens of the fullest rank, over all steps."""
         self.num_steps = 0
         self.outside_steps = 0
 
@@ -182,25 +184,22 @@ class Replica(Batch):
     def _start_mixed(self, now: int, chunks: list[tuple[Request, int]]) -> None:
         tokens = pairs = 0
         for request, count in chunks:
-            before = request.computed
-            pairs += count * before + (count * (count + 1) >> 1)
+            pairs += count * request.computed + (count * (count + 1) >> 1)
             tokens += count
-        if self.is_detailed:
-            shapes = [(count, r.computed) for r, count in chunks]
-            duration = self.group.offer(self, shapes) if self.group else self.times.step_ns(self.contexts(), shapes)
+        widest = tokens
+        if not self.is_detailed and self.prefill_ranks == 1:
+            duration = self.times.mixed_ns(self.batch, self.total_context, tokens, pairs)
         else:
-            ranks = self.prefill_ranks
-            if ranks == 1:
-                widest = tokens
-                duration = self.times.mixed_ns(self.batch, self.total_context, tokens, pairs)
+            shapes = [(count, request.computed) for request, count in chunks]
+            if self.group:
+                duration = self.group.offer(self, shapes)
+            elif self.is_detailed:
+                duration = self.times.step_ns(self.contexts(), shapes)
             else:
-                fullest = self._fullest(tokens, chunks)
-                widest = fullest * ranks
-                duration = self.times.mixed_ns(self.batch, self.total_context, tokens, pairs, fullest)
-            if self.times.is_outside(self.batch, self.total_context, widest):
-                self.outside_steps += 1
-        if self.slowdown != 1.0:
-            duration = round(duration * self.slowdown)
+                duration, widest = self.times.dealt_ns(self.batch, self.total_context, shapes, self.rank_share)
+                self.fullest_tokens += widest
+        if not self.is_detailed and self.times.is_outside(self.batch, self.total_context, widest):
+            self.outside_steps += 1
         for request, count in chunks:
             request.computed += count
             if self.has_prefix_cache and request.chain:
@@ -210,15 +209,11 @@ class Replica(Batch):
         self.phase = MIXED
         self.started = now
         self.planned = 1
-        self.steps = [duration]
-        self.offsets = [duration]
         if self.group is None:
-            if self.resumed:
-                self._count_stalls(now)
-            self.cluster.end_of_step(self, now + duration)
+            self.set_duration(duration, now)
 
     def set_duration(self, duration: int, now: int) -> None:
-        """Give the step that was just decided the time that its lockstep group takes."""
+        """Give the one step that was just decided its time (in a lockstep group: the group's)."""
         if self.slowdown != 1.0:
             duration = round(duration * self.slowdown)
         self.steps = [duration]

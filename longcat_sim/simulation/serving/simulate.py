@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from longcat_sim.records.span import Span, chrome_trace
 from longcat_sim.simulation import metrics
 from longcat_sim.simulation.serving.cluster import Cluster, Engine, KvLink, request_seed
 from longcat_sim.simulation.serving.lockstep import Lockstep
+from longcat_sim.simulation.serving.replica import Replica
 from longcat_sim.simulation.serving.request import Columns, GapHistogram, Request
 from longcat_sim.simulation.serving.synthetic import Synthetic
 from longcat_sim.simulation.serving.workload import TraceReader
@@ -41,6 +42,8 @@ class PoolUse:
     outside_steps: int
     """Steps whose time was extrapolated beyond the grid."""
     evicted_blocks: int
+    prefill_fill: float = 1.0
+    """Prompt tokens of all data-parallel ranks over those of as many ranks as full as the fullest, on average."""
 
 
 @dataclass
@@ -182,8 +185,14 @@ def _pool_use(cluster: Cluster) -> dict[str, PoolUse]:
             sum(r.num_steps for r in pool.replicas),
             sum(r.outside_steps for r in pool.replicas),
             sum(r.cache.evicted for r in pool.replicas),
+            _prefill_fill(pool.replicas),
         )
     return uses
+
+
+def _prefill_fill(replicas: Sequence[Replica]) -> float:
+    fullest = sum(r.fullest_tokens * r.prefill_ranks for r in replicas)
+    return sum(r.prefilled_tokens for r in replicas) / fullest if fullest else 1.0
 
 
 def _conservation(cluster: Cluster, result: ServingResult) -> dict[str, Any]:

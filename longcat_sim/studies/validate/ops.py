@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from longcat_sim.calibration import OpTimes
 from longcat_sim.calibration.laws import LAWS
+from longcat_sim.errors import MeasurementError
 from longcat_sim.specs.hardware import hardware_names, load_hardware
 from longcat_sim.studies.validate.section import Row, Section
 
@@ -25,7 +26,11 @@ def run() -> Section:
     pooled: dict[str, list[tuple[float, int]]] = {}
     for name in hardware_names():
         hardware = load_hardware(name)
-        times = OpTimes.from_hardware(hardware)
+        try:
+            times = OpTimes.from_hardware(hardware)
+        except MeasurementError as error:  # a profile of the user's that another version fitted
+            section.notes.append(error.faults[0])
+            continue
         is_cpu = hardware.sm_count == 1
         for law in times.laws_.values():
             if law.transferred_from:

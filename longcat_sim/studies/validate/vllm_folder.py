@@ -197,7 +197,7 @@ class RunFolder:
     def cached_share(self) -> float:
         """Return the share of prompt tokens that the engine found in its prefix cache (``timeseries.csv``), else 0.
 
-        Warns where the cache was on and its hits are not recorded. It is a count of tokens over the whole run: the
+        Warns where that file does not record the hits of a cache that was on. It is a count over the whole run: the
         requests say neither which prompts share a prefix nor how much.
         """
         path = self.path / "timeseries.csv"
