@@ -23,6 +23,21 @@ PASSES = ("silu", "rope", "concat", "write", "add", "cast")
 """Variants of elementwise: on a CPU they differ by more than their bytes."""
 
 
+WIDE_ROWS = 32
+"""Query rows of one KV head that fill two tensor-core tiles; with more, engines take a kernel that was not written for
+decoding (TensorRT-LLM, H200, one sequence of 32,768: 32 us with 32 rows, 233 us with 64; tables of
+aiconfigurator-core 0.12.0)."""
+
+
+def gqa_variant(rows: float) -> str:
+    """Return the kernel that decodes with ``rows`` query rows per KV head: ``mha`` (one), ``wide`` (many), or "".
+
+    One row has a kernel of its own, without tensor cores (fp8 KV cache, H200: 256 pairs of sequence and KV head of
+    16,384 positions take 376 us with one row, 254 us with two).
+    """
+    return "mha" if rows <= 1 else "wide" if rows > WIDE_ROWS else ""
+
+
 @dataclass(frozen=True)
 class StepSize:
     """What one GPU's share of a step is: numbers, or arrays [draws, 1]."""
@@ -212,7 +227,8 @@ def _gqa(model: ModelSpec, deployment: Deployment, size: StepSize) -> tuple[Ops,
         "batch": sequences, "queries": size.queries, "context": size.context, "heads": heads, "kv_heads": kv_heads,
     }  # fmt: skip
     if size.phase == "decode":
-        core = OpShape("attention core", "gqa_decode", {**dims, "head_dim": dim}, core_dtype)
+        variant = gqa_variant(float(np.max(size.queries)) * heads / kv_heads)
+        core = OpShape("attention core", "gqa_decode", {**dims, "head_dim": dim}, core_dtype, variant)
     else:
         core = OpShape("attention core", "attention_prefill", {**dims, "qk_dim": dim, "v_dim": dim}, core_dtype)
     return tuple(proj), (core, *gemm("o_proj", rows, h, heads * dim, weights))

@@ -176,7 +176,8 @@ class Op:
     """One kernel or collective. Build with ``op("gemm", dtype="bf16", m=1, n=2, k=3)``.
 
     ``variant`` tells kernels of one kind apart where they have different laws: ``low_latency`` and ``normal`` of
-    dispatch and combine, ``masked`` (decode) and ``contiguous`` (prefill) of the grouped product; "" otherwise.
+    dispatch and combine, ``masked`` (decode) and ``contiguous`` (prefill) of the grouped product, ``mha`` and ``wide``
+    of GQA decode; "" otherwise.
     """
 
     kind: str

@@ -48,7 +48,8 @@ def calibrate_published(records: Path, name: str, tables: Path | None = None) ->
     if collectives is None or has_op_tables(name):  # what another version fitted is replaced
         times = fit_published(hardware, kernels=records, tables=tables)
     else:
-        known = OpTimes.from_hardware(hardware)
+        has_laws = bool((hardware.fit or {}).get("laws"))  # without any, a section of another version can be replaced
+        known = OpTimes.from_hardware(hardware) if has_laws else OpTimes(hardware, {})
         times = OpTimes(hardware, known.laws_, provenance={"method": "published tables", **known.provenance})
     times.collectives_ = collectives or read_collectives(hardware)
     fit = times.to_fit()

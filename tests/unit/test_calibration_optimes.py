@@ -146,7 +146,7 @@ def test_a_fit_survives_the_profile(times: OpTimes, tmp_path) -> None:
 
 def test_a_fit_of_another_version_is_refused() -> None:
     old = HardwareSpec.model_validate({"name": "old", **SHEET, "fit": {"schema": 0}})
-    with pytest.raises(MeasurementError, match="schema: expected 3; got 0"):
+    with pytest.raises(MeasurementError, match=r"schema: expected \d+; got 0"):
         OpTimes.from_hardware(old)
 
 

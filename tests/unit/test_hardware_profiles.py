@@ -1,6 +1,7 @@
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,3 +118,31 @@ def test_intervals_of_the_packaged_fits_hold_what_they_promise(splits: tuple[str
 
     assert 0.85 <= pooled("coverage") <= 0.95
     assert pooled("half_width") <= 5 * pooled("mape")
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "microseconds"),
+    [
+        # rows of aiconfigurator-core 0.12.0: the same keys and values, another kernel for one query row, or for 64
+        ("h200-sxm", {"kind": "gqa_decode", "dtype": "fp8", "heads": 1, "batch": 256, "context": 16384}, 376),
+        ("h200-sxm", {"kind": "gqa_decode", "dtype": "fp8", "heads": 2, "batch": 256, "context": 16384}, 254),
+        ("h200-sxm", {"kind": "gqa_decode", "dtype": "fp8", "heads": 16, "batch": 1, "context": 32768}, 23.6),
+        ("h200-sxm", {"kind": "gqa_decode", "dtype": "fp8", "heads": 64, "batch": 1, "context": 32768}, 233),
+        # small experts in 300 MB of weights, and larger ones in 430 MB: it is their number that takes the time
+        ("b200-sxm", {"kind": "grouped_gemm", "dtype": "nvfp4", "groups": 384, "m": 384, "n": 192, "k": 7168}, 331),
+        ("b200-sxm", {"kind": "grouped_gemm", "dtype": "nvfp4", "groups": 128, "m": 2048, "n": 2112, "k": 2816}, 211),
+    ],
+)
+def test_kernels_of_one_kind_have_laws_of_their_own(name: str, asked: dict[str, Any], microseconds: float) -> None:
+    from longcat_sim.ops import op
+    from longcat_sim.ops.attention import gqa_variant
+
+    dims = dict(asked)
+    kind, dtype = dims.pop("kind"), dims.pop("dtype")
+    if kind == "gqa_decode":
+        dims |= {"queries": 1, "kv_heads": 1, "head_dim": 128}
+        variant = gqa_variant(dims["heads"])
+    else:
+        variant = "fused"
+    found = OpTimes.from_hardware(load_hardware(name)).seconds(op(kind, dtype=dtype, variant=variant, **dims))
+    assert found * 1e6 == pytest.approx(microseconds, rel=0.08)

@@ -16,6 +16,7 @@ import numpy as np
 
 from longcat_sim.calibration.importers import published
 from longcat_sim.errors import MeasurementError
+from longcat_sim.ops.attention import gqa_variant
 from longcat_sim.records.measurement import Measurement
 
 SYSTEMS = {
@@ -132,7 +133,8 @@ def _gqa_decode(row: Columns) -> Iterator[Point]:
             "batch": row["batch_size"], "queries": 1, "context": row["step"] + 1, "heads": row["num_heads"],
             "kv_heads": row["num_key_value_heads"], "head_dim": row["head_dim"],
         }  # fmt: skip
-        yield "gqa_decode", DTYPES[row["kv_cache_dtype"]], "", dims, row["latency"]
+        variant = gqa_variant(row["num_heads"] / row["num_key_value_heads"])
+        yield "gqa_decode", DTYPES[row["kv_cache_dtype"]], variant, dims, row["latency"]
 
 
 def _bmm(row: Columns) -> Iterator[Point]:
