@@ -28,4 +28,10 @@ def run(
         print(f"{kind + (' ' + variant if variant else ''):18} {dtype:6} {split:20} {mape:7.1%} {covers:>12} {count:7}")
     for reason, count in times.provenance.get("left_out", {}).items():
         print(f"left out: {count} rows of {reason}")
+    beside = times.provenance.get("contention")
+    if beside:
+        print(
+            f"side by side: {beside['ops']} ops at {beside['measured_rate']:.2f} of their speed alone on average, "
+            f"predicted {beside['predicted_rate']:.2f}, each off by {beside['mean_difference']:.2f}"
+        )
     say(f"fit written to {out or f'hardware_profiles/{name}.yaml'}")

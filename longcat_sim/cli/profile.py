@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -23,18 +24,24 @@ def run(
     ] = 0.0,
 ) -> None:
     """Time operators, collectives and contention on this machine."""
-    from longcat_sim.profiling.profile import profile
-    from longcat_sim.profiling.suites import SUITES
+    from longcat_sim.profiling.campaign import run_campaign
+    from longcat_sim.profiling.profile import pick_device, profile
+    from longcat_sim.profiling.suites import DENSE, FULL, SUITES
 
+    suites = suite or list(SUITES)
     if campaign:
-        from longcat_sim.profiling.campaign import run_campaign
-
         with bar("campaign") as progress:
             found = run_campaign(out, device=device, budget_s=budget_s or 480.0, progress=progress)
     else:
         spec = model or "longcat-cpu-64e"
         with bar("profile") as progress:
-            found = profile(
-                suite or tuple(SUITES), device, spec, budget_s or BUDGET_S, resume=out, out=out, progress=progress
-            )
-    say(f"{found.summary()}; written to {out}")
+            if set(suites) <= set(SUITES):
+                found = profile(suites, device, spec, budget_s or BUDGET_S, resume=out, out=out, progress=progress)
+            else:
+                grid = FULL if pick_device(device).type == "cuda" else DENSE
+                plan = tuple((name, spec, 1.0) for name in suites)
+                found = run_campaign(
+                    out, device=device, budget_s=budget_s or BUDGET_S, progress=progress, plan=plan, grid=grid
+                )
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's ranks the first writes
+        say(f"{found.summary()}; written to {out}")

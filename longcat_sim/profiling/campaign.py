@@ -7,20 +7,42 @@ same command runs at small sizes. An interrupted run keeps what it has; the next
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from longcat_sim.model.longcat import LongcatFlash
 from longcat_sim.ops.op import Op
-from longcat_sim.profiling.collectives import profile_collectives, run_suites
-from longcat_sim.profiling.profile import Profiled, Progress, pick_device, profile
+from longcat_sim.profiling.collectives import (
+    is_first,
+    is_grouped,
+    join_group,
+    leave_group,
+    profile_collectives,
+    run_suites,
+)
+from longcat_sim.profiling.environment import here
+from longcat_sim.profiling.kernels import TORCH_DTYPES, Place
+from longcat_sim.profiling.profile import (
+    CPU_DTYPE,
+    CUDA_DTYPE,
+    Profiled,
+    Progress,
+    check_same_device,
+    check_suites,
+    first_line,
+    pick_device,
+    profile,
+)
 from longcat_sim.profiling.steps import POINTS, measure_steps
-from longcat_sim.profiling.suites import FULL, SMALL
-from longcat_sim.records.measurement import StepMeasurement, load_measurements, save_measurements
+from longcat_sim.profiling.streams import measure_streams
+from longcat_sim.profiling.suites import ALL_SUITES, FULL, SMALL, Grid
+from longcat_sim.records.measurement import Measurement, StepMeasurement, load_measurements, save_measurements
 from longcat_sim.specs.model import model_spec
 
-GPU_PLAN: tuple[tuple[str, str, float], ...] = (
+Plan = tuple[tuple[str, str, float], ...]
+GPU_PLAN: Plan = (
     ("decode", "longcat-flash", 0.20),
     ("experts", "longcat-1layer-32e", 0.15),
     ("prefill", "longcat-flash", 0.10),
@@ -32,7 +54,7 @@ GPU_PLAN: tuple[tuple[str, str, float], ...] = (
     ("contention", "longcat-1layer-32e", 0.08),
 )
 """(suite, model, share of the time), in order of value."""
-CPU_PLAN: tuple[tuple[str, str, float], ...] = (
+CPU_PLAN: Plan = (
     ("decode", "longcat-cpu-64e", 0.30),
     ("experts", "longcat-cpu-64e", 0.15),
     ("prefill", "longcat-cpu-64e", 0.05),
@@ -54,60 +76,104 @@ def run_campaign(
     device: str = "auto",
     budget_s: float = 480.0,
     progress: Progress | None = None,
-    plan: tuple[tuple[str, str, float], ...] | None = None,
+    plan: Plan | None = None,
+    grid: Grid | None = None,
 ) -> Profiled:
-    """Measure all suites within ``budget_s``, write ``out`` after each, and return what was measured.
+    """Measure all suites of a plan within ``budget_s``, write ``out`` after each, and return what was measured.
 
-    Time that a suite leaves over goes to the later ones.
+    Time that a suite leaves over goes to the later ones. Between ranks that ``torchrun`` started, collectives and
+    contention are NCCL's or gloo's, and the first rank writes.
 
     Raises:
-        MeasurementError: an unknown device, or ``out`` holds another device's measurements.
+        MeasurementError: an unknown suite or device, or ``out`` holds another device's measurements.
     """
-    place = pick_device(device)
-    plan = plan or (GPU_PLAN if place.type == "cuda" else CPU_PLAN)
-    grid = FULL if place.type == "cuda" else SMALL
-    begin = time.monotonic()
-    steps: list[StepMeasurement] = []
-    dropped: list[tuple[str, Op]] = []
-    missed: list[str] = []
-    if Path(out).exists():
-        steps = list(load_measurements(out).steps)
-    result: Profiled | None = None
-    for index, (suite, name, share) in enumerate(plan):
-        left = budget_s - (time.monotonic() - begin)
-        ahead = sum(part for _, _, part in plan[index:])
-        box = max(0.0, left) * share / ahead
-        if suite == "model-step":
-            fresh = _steps(name, place, box) if left > 0 else []
-            steps += fresh
-            missed += [] if fresh else [suite]
-        elif suite in ("collectives", "contention"):
-            rows = _between_ranks(suite, name, place, box) if left > 0 and result is not None else []
-            if result is not None:
-                result.rows += rows
-            missed += [] if rows else [suite]
-        else:
-            found = profile([suite], place, name, box, grid=grid, resume=out, progress=progress)
-            dropped += found.dropped
-            kept = [row for row in result.rows if row not in found.rows] if result else []
-            result, found.rows = found, [*kept, *found.rows]
-        if result is not None:
-            save_measurements(out, result.environment, result.rows, steps)
-    assert result is not None
-    result.dropped, result.dropped_suites, result.wall_s = dropped, missed, time.monotonic() - begin
-    return result
+    place = join_group(pick_device(device))
+    threads = torch.get_num_threads()
+    if place.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        return _Campaign(Path(out), place, progress, grid).run(plan, budget_s)
+    finally:
+        torch.set_num_threads(threads)
+        leave_group()
 
 
-def _steps(name: str, device: torch.device, budget_s: float) -> list[StepMeasurement]:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = LongcatFlash(model_spec(name), device=device, dtype=dtype, seed=0)
-    return measure_steps(model, name, GPU_STEPS if device.type == "cuda" else POINTS[:5], budget_s=budget_s)
+class _Campaign:
+    """One call of ``run_campaign``: what is known so far, and how each suite adds to it."""
 
+    def __init__(self, out: Path, place: torch.device, progress: Progress | None, grid: Grid | None) -> None:
+        self.out, self.place, self.progress = out, place, progress
+        self.on_gpu = place.type == "cuda"
+        self.grid = grid or (FULL if self.on_gpu else SMALL)
+        self.result = Profiled(here(place))
+        self.rows: dict[tuple[Op, Op | None], Measurement] = {}
+        self.steps: list[StepMeasurement] = []
+        if out.exists():
+            before = load_measurements(out)
+            check_same_device(out, before.environment, self.result.environment)
+            self._add(before)
+            self.steps = list(before.steps)
 
-def _between_ranks(suite: str, name: str, device: torch.device, budget_s: float) -> list:
-    """Measure between gloo ranks on a CPU; on GPUs inside torchrun's group, or not at all on a single one."""
-    if device.type == "cpu":
-        return profile_collectives([suite], model_spec(name), budget_s=budget_s)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return run_suites([suite], model_spec(name), device, "bf16", budget_s)
-    return []
+    def run(self, plan: Plan | None, budget_s: float) -> Profiled:
+        """Measure the plan's suites in turn."""
+        plan = plan or (GPU_PLAN if self.on_gpu else CPU_PLAN)
+        check_suites([suite for suite, _, _ in plan], ALL_SUITES)
+        begin = time.monotonic()
+        for index, (suite, name, share) in enumerate(plan):
+            left = budget_s - (time.monotonic() - begin)
+            box = max(0.0, left) * share / sum(part for _, _, part in plan[index:])
+            measure = {"model-step": self._steps, "collectives": self._ranks, "contention": self._ranks}.get(
+                suite, self._ops
+            )
+            try:
+                measure(suite, name, box)
+            except RuntimeError as error:  # out of memory, or what this device or library cannot do
+                self.result.failed.setdefault(suite, first_line(error))
+                if self.on_gpu:
+                    torch.cuda.empty_cache()
+            self.result.rows = list(self.rows.values())
+            if is_first() and (self.rows or self.steps):
+                save_measurements(self.out, self.result.environment, self.result.rows, self.steps)
+        self.result.wall_s = time.monotonic() - begin
+        return self.result
+
+    def _add(self, rows: Iterable[Measurement]) -> None:
+        self.rows |= {(row.op, row.alongside): row for row in rows}
+
+    def _has(self, suite: str) -> bool:
+        return any(row.suite == suite for row in self.rows.values())
+
+    def _ops(self, suite: str, name: str, box_s: float) -> None:
+        found = profile([suite], self.place, name, box_s, grid=self.grid, resume=self.out, progress=self.progress)
+        self._add(found.rows)
+        self.result.dropped += found.dropped
+        self.result.failed |= found.failed
+
+    def _steps(self, suite: str, name: str, box_s: float) -> None:
+        if any(step.model == name for step in self.steps):
+            return
+        if box_s <= 0:
+            self.result.dropped_suites.append(suite)
+            return
+        dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        model = LongcatFlash(model_spec(name), device=self.place, dtype=dtype, seed=0)
+        points = GPU_STEPS if self.on_gpu else POINTS[:5]
+        self.steps += measure_steps(model, name, points, budget_s=box_s)
+
+    def _ranks(self, suite: str, name: str, box_s: float) -> None:
+        """Measure between the ranks that there are, or gloo ranks of its own on a CPU; contention within the device."""
+        if self._has(suite):
+            return
+        spec, dtype = model_spec(name), CUDA_DTYPE if self.on_gpu else CPU_DTYPE
+        found: list[Measurement] = []
+        inside = suite == "contention"
+        if box_s > 0 and inside and not is_grouped():
+            place = Place(self.place, TORCH_DTYPES[dtype])
+            found += measure_streams(spec, place, dtype, budget_s=box_s / (1 if self.on_gpu else 2))
+        if box_s > 0 and is_grouped():
+            found += run_suites([suite], spec, self.place, dtype, box_s)
+        elif box_s > 0 and not self.on_gpu:
+            found += profile_collectives([suite], spec, budget_s=box_s / (2 if inside else 1))
+        self._add(found)
+        if not found:
+            self.result.dropped_suites.append(suite)

@@ -24,14 +24,8 @@ from longcat_sim.errors import MeasurementError
 from longcat_sim.ops.op import Op, op
 from longcat_sim.profiling.kernels import TORCH_DTYPES, Place
 from longcat_sim.profiling.kernels import gemm as build_gemm
-from longcat_sim.profiling.timing import Samples
-from longcat_sim.records.measurement import (
-    UNSTABLE_SPREAD,
-    Environment,
-    Measurement,
-    load_measurements,
-    save_measurements,
-)
+from longcat_sim.profiling.timing import Samples, measurement
+from longcat_sim.records.measurement import Environment, Measurement, load_measurements, save_measurements
 from longcat_sim.specs.model import ModelSpec
 
 KINDS = ("all_to_all", "all_gather", "reduce_scatter", "all_reduce")
@@ -74,38 +68,55 @@ def collective_ops(ranks: int) -> list[Op]:
     return ops + [op("all_to_all", dtype="fp32", variant="uneven", message_bytes=size, ranks=ranks) for size in SIZES]
 
 
-def contention_pairs(ranks: int) -> list[tuple[Op, Op]]:
+def contention_pairs(ranks: int, dtype: str) -> list[tuple[Op, Op]]:
     """Return (compute, collective) pairs: small and large of each."""
-    computes = [op("gemm", dtype="fp32", m=m, n=1024, k=1024) for m in (1, 64, 256)]
+    side = 1024 if dtype == "fp32" else 4096
+    computes = [op("gemm", dtype=dtype, m=m, n=side, k=side) for m in (1, 64, 256)]
     collectives = [op("all_to_all", dtype="fp32", message_bytes=size, ranks=ranks) for size in (4**9, 4**11)]
     return [(compute, collective) for compute in computes for collective in collectives]
 
 
-def _timed(run: Callable[[], Any]) -> float:
+def _settle(device: torch.device) -> None:
+    """Wait for the device; on a GPU the end of a call, or of a collective's ``wait``, is not that of its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> float:
     """Return the seconds from a barrier to the slowest rank's end."""
     dist.barrier()
+    _settle(device)
     start = time.perf_counter()
     run()
-    spent = torch.tensor([time.perf_counter() - start])
+    _settle(device)
+    spent = torch.tensor([time.perf_counter() - start], device=device)
     dist.all_reduce(spent, op=dist.ReduceOp.MAX)
     return float(spent)
+
+
+def _since(begin: float, device: torch.device) -> float:
+    """Return the seconds until the compute stream is done; what NCCL does on its own stream may go on."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return time.perf_counter() - begin
 
 
 def _measure_alone(item: Op, device: torch.device) -> Measurement:
     start = _start(item.kind, int(item["message_bytes"]), int(item["ranks"]), device, item.variant)
     rounds = []
     for _ in range(ROUNDS):
-        _timed(lambda: start().wait())
-        rounds.append([_timed(lambda: start().wait()) for _ in range(REPEATS)])
-    return _measurement(item, rounds, "collectives")
+        _timed(lambda: start().wait(), device)
+        rounds.append([_timed(lambda: start().wait(), device) for _ in range(REPEATS)])
+    return measurement(item, Samples(rounds), "collectives")
 
 
 def _measure_pair(compute: Op, collective: Op, spec: ModelSpec, place: Place) -> list[Measurement]:
     """Return four points: each alone, and each beside the other with the share of its time that overlapped."""
     run = build_gemm(compute, spec, place).run
     start = _start(collective.kind, int(collective["message_bytes"]), int(collective["ranks"]), place.device)
-    once = _timed(lambda: start().wait())
-    calls = max(1, round(once / max(_timed(run), 1e-6)))
+    device = place.device
+    once = _timed(lambda: start().wait(), device)
+    calls = max(1, round(once / max(_timed(run, device), 1e-6)))
     alone_c: list[list[float]] = []
     alone_x: list[list[float]] = []
     both_c: list[list[float]] = []
@@ -113,39 +124,29 @@ def _measure_pair(compute: Op, collective: Op, spec: ModelSpec, place: Place) ->
     for _ in range(ROUNDS):
         parts: tuple[list[float], ...] = ([], [], [], [])
         for _ in range(REPEATS):
-            parts[0].append(_timed(lambda: [run() for _ in range(calls)]) / calls)
-            parts[1].append(_timed(lambda: start().wait()))
+            parts[0].append(_timed(lambda: [run() for _ in range(calls)], device) / calls)
+            parts[1].append(_timed(lambda: start().wait(), device))
             dist.barrier()
+            _settle(device)
             begin = time.perf_counter()
             handle = start()
             for _ in range(calls):
                 run()
-            middle = time.perf_counter()
+            middle = _since(begin, device)
             handle.wait()
-            parts[2].append((middle - begin) / calls)
+            _settle(device)
+            parts[2].append(middle / calls)
             parts[3].append(time.perf_counter() - begin)
         for store, part in zip((alone_c, alone_x, both_c, both_x), parts, strict=True):
             store.append(part)
     # the collective ran from start to end of both; compute ran for its own part of that
     compute_s, both_s = calls * float(np.median(both_c)), float(np.median(both_x))
     return [
-        _measurement(compute, alone_c, "contention"),
-        _measurement(collective, alone_x, "contention"),
-        _measurement(compute, both_c, "contention", collective, min(1.0, both_s / compute_s)),
-        _measurement(collective, both_x, "contention", compute, min(1.0, compute_s / both_s)),
+        measurement(compute, Samples(alone_c), "contention"),
+        measurement(collective, Samples(alone_x), "contention"),
+        measurement(compute, Samples(both_c), "contention", collective, min(1.0, both_s / compute_s)),
+        measurement(collective, Samples(both_x), "contention", compute, min(1.0, compute_s / both_s)),
     ]
-
-
-def _measurement(
-    item: Op, rounds: list[list[float]], suite: str, alongside: Op | None = None, overlapped: float = 1.0
-) -> Measurement:
-    samples = Samples(rounds)
-    p10, median, p90 = samples.quantiles()
-    return Measurement(
-        op=item, median_s=median, p10_s=p10, p90_s=p90, count=len(samples.flat), suite=suite,
-        stable=samples.spread <= UNSTABLE_SPREAD, alongside=alongside, overlapped=overlapped,
-        block_s=tuple(Samples([part]).quantiles()[0] for part in rounds),
-    )  # fmt: skip
 
 
 def run_suites(
@@ -160,11 +161,11 @@ def run_suites(
     if "collectives" in suites:
         work += collective_ops(ranks)
     if "contention" in suites:
-        work += contention_pairs(ranks)
+        work += contention_pairs(ranks, dtype)
     found: list[Measurement] = []
     place = Place(device, TORCH_DTYPES[dtype])
     for item in work:
-        go = torch.tensor([float(time.monotonic() - begin < budget_s)])
+        go = torch.tensor([float(time.monotonic() - begin < budget_s)], device=device)
         dist.broadcast(go, 0)
         if not bool(go):
             break
@@ -174,6 +175,37 @@ def run_suites(
             compute, collective = item
             found += _measure_pair(compute, collective, spec, place)
     return found
+
+
+def join_group(device: torch.device) -> torch.device:
+    """Join the ranks that ``torchrun`` started, if it did; return this rank's device.
+
+    NCCL between GPUs, one a rank; gloo between CPUs.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=TIMEOUT_S))
+    return device
+
+
+def is_grouped() -> bool:
+    """Whether this process is a rank among others."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes: the first rank, or no rank at all."""
+    return not is_grouped() or dist.get_rank() == 0
+
+
+def leave_group() -> None:
+    """Part from the other ranks."""
+    if is_grouped():
+        dist.destroy_process_group()
 
 
 def _free_port() -> int:

@@ -15,7 +15,7 @@ from longcat_sim.ops.op import Op
 from longcat_sim.profiling.environment import here
 from longcat_sim.profiling.kernels import BUILDERS, TORCH_DTYPES, Place, Timed
 from longcat_sim.profiling.suites import DENSE, FULL, SUITES, Grid, reuse_bytes, suite_ops
-from longcat_sim.profiling.timing import Clock, Samples
+from longcat_sim.profiling.timing import Clock, Samples, measurement
 from longcat_sim.records.measurement import UNSTABLE_SPREAD, Environment, Measurement, load_measurements
 from longcat_sim.records.measurement import save_measurements as save
 from longcat_sim.specs.model import ModelSpec
@@ -40,6 +40,8 @@ class Profiled(Sequence[Measurement]):
     wall_s: float = 0.0
     dropped_suites: list[str] = field(default_factory=list)
     """Whole suites for which no time was left, or that need more than one GPU."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Kind of op with its dtype, or suite -> what the library said when one could not run."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -56,6 +58,7 @@ class Profiled(Sequence[Measurement]):
             text += f"; the time box dropped {len(self.dropped)} points ({', '.join(kinds)})"
         if self.dropped_suites:
             text += f"; not run: {', '.join(self.dropped_suites)}"
+        text += "".join(f"; {name} failed: {why}" for name, why in self.failed.items())
         return text
 
 
@@ -98,11 +101,7 @@ def profile(
 
     spec = model_spec(spec) if isinstance(spec, str) else spec
     names = list(suites)
-    unknown = [name for name in names if name not in SUITES]
-    if unknown:
-        raise MeasurementError(
-            f"suite: expected some of {', '.join(SUITES)}; got {', '.join(unknown)}; choose known ones"
-        )
+    check_suites(names, SUITES)
     place_on = pick_device(device) if isinstance(device, str) else device
     dtype = dtype or (CUDA_DTYPE if place_on.type == "cuda" else CPU_DTYPE)
     grid = grid or (FULL if place_on.type == "cuda" else DENSE)
@@ -118,6 +117,24 @@ def profile(
         torch.set_num_threads(threads)
 
 
+def check_suites(names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise MeasurementError if a suite is not among the known ones."""
+    known = tuple(known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise MeasurementError(
+            f"suite: expected some of {', '.join(known)}; got {', '.join(unknown)}; choose known ones"
+        )
+
+
+def check_same_device(path: str | Path, found: Environment, here: Environment) -> None:
+    """Raise MeasurementError if a file that is to be resumed is of another device."""
+    if found.device != here.device:
+        raise MeasurementError(
+            f"{path}: expected measurements of {here.device!r}; got {found.device!r}; write to another file"
+        )
+
+
 class _Run:
     """One call of ``profile``."""
 
@@ -129,17 +146,15 @@ class _Run:
         self.start = time.monotonic()
         self.reuse: dict[tuple[str, str], float] = {}
         self.result = Profiled(here(place.device))
+        self.broken: set[str] = set()
+        """Kinds and dtypes that do not run here at all."""
 
     def measure(self, names: list[str], grid: Grid, dtype: str, resume: str | Path | None) -> Profiled:
         """Measure all rounds of all suites."""
         kept: dict[Op, Measurement] = {}
         if resume is not None and Path(resume).exists():
             before = load_measurements(resume)
-            if before.environment.device != self.result.environment.device:
-                raise MeasurementError(
-                    f"{resume}: expected measurements of {self.result.environment.device!r}; got "
-                    f"{before.environment.device!r}; write to another file"
-                )
+            check_same_device(resume, before.environment, self.result.environment)
             kept = {row.op: row for row in before if row.alongside is None}
         points = [(suite, item) for suite in names for item in suite_ops(suite, self.spec, grid, dtype)]
         points = list({item: (suite, item) for suite, item in points if item not in kept}.values())
@@ -157,7 +172,9 @@ class _Run:
             self._store(points, samples, kept)
         for _ in range(EXTRA_ROUNDS):
             shaky = [
-                (suite, item) for suite, item in points if samples[item] and _spread(samples[item]) > UNSTABLE_SPREAD
+                (suite, item)
+                for suite, item in points
+                if samples[item] and _merged(samples[item]).spread > UNSTABLE_SPREAD
             ]
             for suite, item in shaky:
                 if self._left() <= 0:
@@ -165,7 +182,10 @@ class _Run:
                 self._take(item, samples[item], POINT_S)
                 self._tell(suite, item, 1.0)
         self._store(points, samples, kept)
-        self.result.dropped = [(suite, item) for suite, item in points if not samples[item]]
+        self.result.dropped = [
+            (suite, item)
+            for suite, item in points if not samples[item] and f"{item.kind} {item.dtype}" not in self.result.failed
+        ]  # fmt: skip
         self.result.wall_s = time.monotonic() - self.start
         return self.result
 
@@ -174,6 +194,19 @@ class _Run:
 
     def _take(self, item: Op, samples: list[Samples], budget_s: float) -> None:
         """Build the op, time one round of it and of the parts that are taken off, and let go of its memory."""
+        name = f"{item.kind} {item.dtype}"
+        if name in self.broken:
+            return
+        try:
+            self._time(item, samples, budget_s)
+        except RuntimeError as error:  # out of memory, or a kernel that this device or library does not have
+            self.result.failed.setdefault(name, first_line(error))
+            if not isinstance(error, torch.OutOfMemoryError):
+                self.broken.add(name)
+            if self.place.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _time(self, item: Op, samples: list[Samples], budget_s: float) -> None:
         timed: Timed = BUILDERS[item.kind](item, self.spec, self.place)
         streamed = self.reuse.get((item.kind, item.variant), 0.0)
         whole = Samples([self.clock.sample(timed.run, budget_s, stream_bytes=streamed)])
@@ -184,7 +217,7 @@ class _Run:
     def _store(
         self, points: list[tuple[str, Op]], samples: dict[Op, list[Samples]], kept: dict[Op, Measurement]
     ) -> None:
-        rows = [_row(suite, item, samples[item]) for suite, item in points if samples[item]]
+        rows = [measurement(item, _merged(samples[item]), suite) for suite, item in points if samples[item]]
         self.result.rows = [*kept.values(), *rows]
         if self.out is not None and self.result.rows:
             save(self.out, self.result.environment, self.result.rows)
@@ -195,20 +228,10 @@ class _Run:
             self.progress(f"{suite}: {item.kind}", share, min(self._left(), spent / share - spent))
 
 
-def _spread(samples: list[Samples]) -> float:
-    return Samples([part for sample in samples for part in sample.rounds]).spread if samples else 0.0
+def first_line(error: Exception) -> str:
+    """Return what an exception says, on one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _row(suite: str, item: Op, samples: list[Samples]) -> Measurement:
-    merged = Samples([part for sample in samples for part in sample.rounds])
-    p10, median, p90 = merged.quantiles()
-    return Measurement(
-        op=item,
-        median_s=median,
-        p10_s=p10,
-        p90_s=p90,
-        count=len(merged.flat),
-        suite=suite,
-        stable=merged.spread <= UNSTABLE_SPREAD,
-        block_s=tuple(Samples([part]).quantiles()[0] for part in merged.rounds),
-    )
+def _merged(samples: list[Samples]) -> Samples:
+    return Samples([part for sample in samples for part in sample.rounds])

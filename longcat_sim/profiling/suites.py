@@ -21,7 +21,9 @@ SUITES: dict[str, tuple[str, ...]] = {
     "small-ops": ("norm", "elementwise", "router", "embedding", "sampling", "host"),
     "sparse": ("topk", "indexer", "sparse_mla"),
 }
-"""Suite -> kinds of op, in order of value; ``collectives``, ``contention`` and ``model-step`` are not grids of ops."""
+"""Suite -> kinds of op, in order of value."""
+ALL_SUITES = (*SUITES, "collectives", "contention", "model-step")
+"""Those, and what is not a grid of ops: between ranks, of ops side by side, of whole steps."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ SMALL = Grid(
 )
 """For a CPU: the quickstart's, and a campaign's dry run."""
 DENSE = Grid(
-    decode=tuple((batch, context) for batch in (1, 2, 3, 4, 6, 8, 12, 16) for context in (64, 128, 256, 512, 1024)),
+    decode=tuple(
+        (batch, context) for batch in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) for context in (64, 128, 256, 512, 1024)
+    ),
     prefill=(
         *((1, prompt) for prompt in (16, 32, 64, 96, 128, 192, 256, 384, 512)),
-        *((batch, prompt) for batch in (2, 4) for prompt in (32, 64, 128, 256)),
-        *((8, prompt) for prompt in (32, 64, 128)),
+        *((batch, prompt) for batch in (2, 4) for prompt in (32, 64, 96, 128, 192, 256)),
+        *((8, prompt) for prompt in (32, 64, 96, 128)),
     ),
     topk_rows=(1, 2, 4, 8, 16, 32, 64),
     topk_scores=(512, 1024, 2048, 4096, 8192),
@@ -126,6 +130,9 @@ def suite_ops(suite: str, spec: ModelSpec, grid: Grid, dtype: str) -> list[Op]:
     if "host" in kinds:
         found |= dict.fromkeys(op("host", dtype="fp32", calls=calls) for calls in (1, 2, 4, 8, 16))
     wanted = [item for item in found if item.kind in kinds and item.kind in BUILDERS]
+    if dtype == "bf16":  # a GPU's products in fp8 too, where the library takes their sizes
+        products = [item for item in wanted if item.kind == "gemm" and not (item["n"] % 16 or item["k"] % 16)]
+        wanted += [Op(item.kind, item.sizes, "fp8", item.variant) for item in products]
     return sorted(wanted, key=lambda item: (kinds.index(item.kind), item.memory_bytes + item.flop))
 
 

@@ -20,6 +20,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from longcat_sim.ops.op import Op
+from longcat_sim.records.measurement import UNSTABLE_SPREAD, Measurement
+
 Run = Callable[[], object]
 WARM_FROM_S = 2e-3
 """A CPU op that lasts longer than this brings its own cold caches."""
@@ -59,6 +62,18 @@ class Samples:
             less = float(np.median(theirs))
             rounds.append([max(sample - less, 0.1 * sample) for sample in mine])
         return Samples(rounds)
+
+
+def measurement(
+    item: Op, samples: Samples, suite: str, alongside: Op | None = None, overlapped: float = 1.0
+) -> Measurement:
+    """Return what the samples of an op say; each of their rounds is a block."""
+    p10, median, p90 = samples.quantiles()
+    return Measurement(
+        op=item, median_s=median, p10_s=p10, p90_s=p90, count=len(samples.flat), suite=suite,
+        stable=samples.spread <= UNSTABLE_SPREAD, alongside=alongside, overlapped=overlapped,
+        block_s=tuple(Samples([part]).quantiles()[0] for part in samples.rounds),
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1)

@@ -136,8 +136,8 @@ class Measurements(Sequence[Measurement]):
     environment: Environment
     rows: tuple[Measurement, ...]
     skipped: tuple[tuple[int, str], ...] = ()
-    steps: tuple[StepMeasurement, ...] = field(default=(), kw_only=True)
     """(line number, reason) of each line that was left out."""
+    steps: tuple[StepMeasurement, ...] = field(default=(), kw_only=True)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -11,6 +11,7 @@ from longcat_sim.errors import SpecError
 from longcat_sim.records.files import write_text
 from longcat_sim.records.measurement import Environment, load_measurements
 from longcat_sim.specs.hardware import HardwareSpec, hardware_names, load_hardware, profile_folders
+from longcat_sim.studies.beside import slowdowns, summary
 
 
 def calibrate(measurements: Path, name: str, out: Path | None = None, *, draws: int = 64, seed: int = 0) -> OpTimes:
@@ -28,6 +29,9 @@ def calibrate(measurements: Path, name: str, out: Path | None = None, *, draws: 
     hardware = _sheet(name, target, rows.environment)
     times = OpTimes.fit(rows, hardware, draws=draws, seed=seed)
     times.provenance = {"measured_on": rows.environment.device, "date": rows.environment.date, **times.provenance}
+    together = slowdowns(rows, times, own_cores=rows.environment.kind == "cpu")
+    if together:
+        times.provenance["contention"] = summary(together)
     write_fit(target, times.to_fit())
     return times
 

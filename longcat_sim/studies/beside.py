@@ -1,0 +1,61 @@
+"""Measured slowdowns of ops side by side, beside what the contention law says of their demands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from longcat_sim.ops.op import Op, OpTimesLike
+from longcat_sim.records.measurement import Measurement
+from longcat_sim.simulation.contention import SLOWEST, MaxMin, Running
+
+
+class Beside(NamedTuple):
+    """One op beside another: its speed while both run, over its speed alone."""
+
+    op: Op
+    neighbour: Op
+    measured: float
+    predicted: float
+
+
+def rate_beside(alone_s: float, both_s: float, overlapped: float) -> float:
+    """Return the speed of an op while its neighbour runs, over its speed alone.
+
+    Of ``both_s`` the share ``overlapped`` ran at that speed, the rest as fast as alone; ``alone_s`` of work is done.
+    """
+    return max(SLOWEST, (alone_s / both_s - (1.0 - overlapped)) / overlapped)
+
+
+def slowdowns(rows: Iterable[Measurement], times: OpTimesLike, *, own_cores: bool = False) -> list[Beside]:
+    """Return each pair that was measured within one device, with the rate that max-min fair shares predict.
+
+    ``own_cores``: the two were threads of a CPU, which share its memory but have a core each.
+    """
+    rows = [row for row in rows if row.suite == "contention" and not row.op.is_collective]
+    alone = {row.op: row.median_s for row in rows if row.alongside is None}
+    found = []
+    for row in rows:
+        neighbour = row.alongside
+        if neighbour is None or neighbour.is_collective or row.op not in alone:
+            continue
+        demands = [times.demand(item) for item in (row.op, neighbour)]
+        pair = [
+            Running(item.kind, demand._replace(sm=0.0) if own_cores else demand)
+            for item, demand in zip((row.op, neighbour), demands, strict=True)
+        ]
+        measured = rate_beside(alone[row.op], row.median_s, row.overlapped)
+        found.append(Beside(row.op, neighbour, measured, MaxMin().rates(pair)[0]))
+    return found
+
+
+def summary(found: list[Beside]) -> dict[str, float]:
+    """Return how many ops ran beside another, their mean rate, and the mean |difference| to the predicted ones."""
+    measured, predicted = (np.array([getattr(one, name) for one in found]) for name in ("measured", "predicted"))
+    return {
+        "ops": len(found), "measured_rate": float(f"{measured.mean():.3g}"),
+        "predicted_rate": float(f"{predicted.mean():.3g}"),
+        "mean_difference": float(f"{np.abs(predicted - measured).mean():.3g}"),
+    }  # fmt: skip

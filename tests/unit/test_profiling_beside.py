@@ -1,0 +1,94 @@
+"""Contention within one device: what is measured, and how rates follow from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from longcat_sim.calibration.roofline import Roofline
+from longcat_sim.errors import MeasurementError
+from longcat_sim.ops import op
+from longcat_sim.ops.op import Op
+from longcat_sim.profiling.campaign import run_campaign
+from longcat_sim.profiling.kernels import BUILDERS, Place
+from longcat_sim.profiling.profile import profile
+from longcat_sim.profiling.streams import measure_streams, stream_pairs
+from longcat_sim.profiling.suites import Grid, suite_ops
+from longcat_sim.records.measurement import Measurement, load_measurements
+from longcat_sim.specs.hardware import load_hardware
+from longcat_sim.specs.model import model_spec
+from longcat_sim.studies.beside import rate_beside, slowdowns, summary
+
+TINY = model_spec("longcat-tiny")
+CPU = Place(torch.device("cpu"), torch.float32)
+GRID = Grid(decode=((1, 32), (4, 64)), prefill=((1, 16),))
+
+
+def test_a_rate_is_that_of_the_time_that_was_shared() -> None:
+    assert rate_beside(1.0, 2.0, 1.0) == pytest.approx(0.5)
+    # 1.5 s in all, of which 1.0 s shared: half a second alone does half the work, the other half took 1.0 s
+    assert rate_beside(1.0, 1.5, 1.0 / 1.5) == pytest.approx(0.5)
+    assert rate_beside(1.0, 1.0, 0.3) == pytest.approx(1.0)
+
+
+def test_two_passes_that_fill_the_memory_halve_each_other() -> None:
+    times = Roofline(load_hardware("h100-sxm"))
+    first, second = (op("elementwise", dtype="bf16", rows=rows, width=4096, inputs=1) for rows in (16384, 8192))
+
+    def row(item: Op, seconds: float, alongside: Op | None = None) -> Measurement:
+        return Measurement(
+            op=item, median_s=seconds, p10_s=seconds, p90_s=seconds, count=3, suite="contention", alongside=alongside
+        )
+
+    rows = [row(first, 1e-4), row(second, 5e-5), row(first, 2e-4, second), row(second, 1e-4, first)]
+    found = slowdowns(rows, times)
+    assert [(one.measured, one.neighbour) for one in found] == [(0.5, second), (0.5, first)]
+    assert all(one.predicted == pytest.approx(0.5, abs=0.03) for one in found)
+    assert summary(found)["mean_difference"] < 0.03
+
+
+def test_pairs_run_alone_and_at_once() -> None:
+    pairs = stream_pairs(TINY, CPU, "fp32")
+    assert {item.kind for item, _ in pairs} == {"gemm", "grouped_gemm", "mla_decode", "norm", "router"}
+    small = op("gemm", dtype="fp32", m=8, n=64, k=64)
+    beside = op("elementwise", dtype="fp32", rows=64, width=64, inputs=1)
+    rows = measure_streams(TINY, CPU, "fp32", budget_s=5.0, pairs=[(small, beside)])
+    assert [(row.op, row.alongside) for row in rows] == [
+        (small, None), (beside, None), (small, beside), (beside, small)
+    ]  # fmt: skip
+    assert all(0 < row.overlapped <= 1 for row in rows)
+
+
+def test_one_suite_leaves_the_measurements_of_the_others_in_the_file(tmp_path: Path) -> None:
+    out = tmp_path / "m.jsonl"
+    ops = profile(["small-ops"], "cpu", TINY, budget_s=1.0, grid=GRID, out=out)
+    for _ in range(2):  # the second time finds everything there
+        run_campaign(out, device="cpu", budget_s=4.0, plan=(("model-step", "longcat-tiny", 1.0),))
+        saved = load_measurements(out)
+        assert len(saved) == len(ops)
+        assert len(saved.steps) == 5
+    with pytest.raises(MeasurementError, match=r"suite: expected some of .*model-step; got steps"):
+        run_campaign(out, device="cpu", plan=(("steps", "longcat-tiny", 1.0),))
+
+
+def test_a_gpu_measures_products_in_fp8_too() -> None:
+    items = [item for item in suite_ops("decode", model_spec("longcat-flash"), GRID, "bf16") if item.dtype == "fp8"]
+    assert items
+    assert {item.kind for item in items} == {"gemm"}
+    with torch.inference_mode():
+        timed = BUILDERS["gemm"](op("gemm", dtype="fp8", m=3, n=32, k=64), TINY, Place(CPU.device, torch.bfloat16))
+        assert timed.run().shape == (3, 32)  # type: ignore[attr-defined]
+
+
+def test_what_a_library_cannot_do_is_named_and_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object) -> None:
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setitem(BUILDERS, "norm", refuses)
+    found = profile(["small-ops"], "cpu", TINY, budget_s=1.5, grid=GRID)
+    assert found.failed == {"norm fp32": "no such kernel"}
+    assert "norm fp32 failed: no such kernel" in found.summary()
+    assert {row.op.kind for row in found} >= {"router", "embedding"}
+    assert all(item.kind != "norm" for _, item in found.dropped)
