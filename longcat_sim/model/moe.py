@@ -119,10 +119,11 @@ def expert_out(inner: Tensor, down: Tensor, token_N: Tensor, out_TH: Tensor) -> 
 def _product(x_NK: Tensor, weight_MK: Tensor) -> Tensor:
     """Return x weight^T; of few rows as (weight x^T)^T, which a CPU's library runs about twice as fast.
 
-    Measured on one core: 2 rows by [512, 512] 59 us against 146 us; 4 rows by [512, 256] 50 us against 116 us.
+    Measured on one core: 2 rows by [512, 512] 59 us against 146 us; 4 rows by [512, 256] 50 us against 116 us. The rows
+    come back in order: a product of rows that are kept as columns takes 150 us instead of 30 to 40.
     """
     if 1 < len(x_NK) <= FEW_ROWS and x_NK.device.type == "cpu":
-        return torch.mm(weight_MK, x_NK.t()).t()
+        return torch.mm(weight_MK, x_NK.t()).t().contiguous()
     return torch.mm(x_NK, weight_MK.t())
 
 
