@@ -109,8 +109,9 @@ def test_mtp_looks_no_further_than_the_next_token() -> None:
             return mtp_logits(model, of, model.run_layers(of, model.step(1, 12)).view(1, 12, -1))[0]
 
     a, b = drafts(tokens), drafts(changed)
-    assert torch.equal(a[:7], b[:7])  # position t drafts t + 2: 6 drafts token 8
-    assert not torch.allclose(a[7], b[7])  # 7 knows token 8
+    # position t drafts t + 2: 6 drafts token 8; experts with another number of rows round differently
+    torch.testing.assert_close(a[:7], b[:7], atol=1e-5, rtol=0)
+    assert (a[7] - b[7]).abs().max() > 1e-3  # 7 knows token 8
 
 
 def test_acceptance_needs_the_head() -> None:
