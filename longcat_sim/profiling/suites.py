@@ -33,8 +33,8 @@ class Grid:
     decode: tuple[tuple[int, int], ...]
     prefill: tuple[tuple[int, int], ...]
     topk_rows: tuple[int, ...] = (1, 8, 64)
-    topk_scores: tuple[int, ...] = (512, 2048, 8192)
-    topk_kept: tuple[int, ...] = (64, 256)
+    topk_scores: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
+    topk_kept: tuple[int, ...] = (64, 128, 256)
     sparse_batches: tuple[int, ...] = (1, 8)
     indexed: tuple[int, ...] = (1024, 4096, 16384)
     selected: tuple[int, ...] = (256, 1024, 2048)
@@ -55,8 +55,6 @@ DENSE = Grid(
         *((8, prompt) for prompt in (32, 64, 96, 128)),
     ),
     topk_rows=(1, 2, 4, 8, 16, 32, 64),
-    topk_scores=(512, 1024, 2048, 4096, 8192),
-    topk_kept=(64, 128, 256),
     sparse_batches=(1, 2, 4, 8),
     indexed=(1024, 2048, 4096, 8192, 16384),
     selected=(256, 512, 1024, 2048),
@@ -69,6 +67,12 @@ FULL = Grid(
     prefill=tuple(
         (batch, prompt) for batch, prompt in ((1, 128), (1, 512), (1, 2048), (4, 1024), (1, 8192), (2, 4096))
     ),
+    topk_rows=(1, 8, 64, 256),
+    topk_scores=(4096, 16384, 65536, 131072),
+    topk_kept=(512, 2048),
+    sparse_batches=(1, 8, 64),
+    indexed=(4096, 16384, 65536, 131072),
+    selected=(512, 1024, 2048),
 )
 """For a GPU: the campaign's."""
 RIDING = frozenset({"permute", "unpermute", "experts silu"})
