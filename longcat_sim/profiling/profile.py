@@ -144,7 +144,7 @@ class _Run:
         self.place, self.spec, self.budget_s, self.progress, self.out = place, spec, budget_s, progress, out
         self.clock = Clock(place.device)
         self.start = time.monotonic()
-        self.reuse: dict[tuple[str, str], float] = {}
+        self.dtype = CPU_DTYPE
         self.result = Profiled(here(place.device))
         self.broken: set[str] = set()
         """Kinds and dtypes that do not run here at all."""
@@ -158,7 +158,7 @@ class _Run:
             kept = {row.op: row for row in before if row.alongside is None}
         points = [(suite, item) for suite in names for item in suite_ops(suite, self.spec, grid, dtype)]
         points = list({item: (suite, item) for suite, item in points if item not in kept}.values())
-        self.reuse = reuse_bytes(self.spec, dtype) if self.spec.is_mla else {}
+        self.dtype = dtype
         samples: dict[Op, list[Samples]] = {item: [] for _, item in points}
         total = max(1, len(points) * ROUNDS)
         # every point once, then again: what the box cuts off is repetitions first, points last
@@ -208,7 +208,7 @@ class _Run:
 
     def _time(self, item: Op, samples: list[Samples], budget_s: float) -> None:
         timed: Timed = BUILDERS[item.kind](item, self.spec, self.place)
-        streamed = self.reuse.get((item.kind, item.variant), 0.0)
+        streamed = reuse_bytes(self.spec, self.dtype, item) if self.spec.is_mla else 0.0
         whole = Samples([self.clock.sample(timed.run, budget_s, stream_bytes=streamed)])
         for part in timed.less:  # inside the whole its parts follow each other: their caches are warm
             whole = whole.minus(Samples([self.clock.sample(part, budget_s / 2)]))

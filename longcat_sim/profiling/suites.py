@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -77,6 +78,8 @@ FULL = Grid(
 """For a GPU: the campaign's."""
 RIDING = frozenset({"permute", "unpermute", "experts silu"})
 """Steps of the experts that the CPU's expert-by-expert code does inside its products (see ``kernels.grouped_gemm``)."""
+MOST_SEQUENCES = 16
+"""Of the decode step whose weights pass between two ops; larger steps read nearly all experts."""
 LARGEST_CACHE_TOKENS = 1 << 20
 """Decode points whose caches together hold more tokens than this are left out of a campaign on one GPU."""
 
@@ -140,9 +143,20 @@ def suite_ops(suite: str, spec: ModelSpec, grid: Grid, dtype: str) -> list[Op]:
     return sorted(wanted, key=lambda item: (kinds.index(item.kind), item.memory_bytes + item.flop))
 
 
-def reuse_bytes(spec: ModelSpec, dtype: str) -> dict[tuple[str, str], float]:
-    """Return, by kind and variant, the weights that a decode step streams between two ops of that sort."""
-    ops = step_ops(spec, "decode", 4, 1, 256, dtype)
+def reuse_bytes(spec: ModelSpec, dtype: str, item: Op) -> float:
+    """Return the weights that a decode step streams between two ops of the sort of ``item``, 0 if it has none.
+
+    The step is one of as many tokens as the op has rows: the fewer there are, the fewer experts' weights pass.
+    """
+    rows = next((item[name] for name in ("rows", "tokens", "m", "batch") if name in item.dims), 4.0)
+    if item.kind == "grouped_gemm":
+        rows /= max(1.0, spec.expected_ffn_experts)
+    return _streamed(spec, dtype, round(min(max(rows, 1.0), MOST_SEQUENCES))).get((item.kind, item.variant), 0.0)
+
+
+@lru_cache(maxsize=64)
+def _streamed(spec: ModelSpec, dtype: str, sequences: int) -> dict[tuple[str, str], float]:
+    ops = step_ops(spec, "decode", sequences, 1, 256, dtype)
     streamed = sum(item.memory_bytes for item in ops if item.kind in ("gemm", "grouped_gemm"))
     counts = Counter((item.kind, item.variant) for item in ops)
     return {sort: streamed / count for sort, count in counts.items()}
