@@ -32,6 +32,9 @@ from longcat_sim.calibration.profile_tables import (
 )
 from longcat_sim.errors import MeasurementError
 
+TABLES = ("dense.csv", "per_sequence.csv", "attention.csv")
+"""What a profile of one tensor-parallel degree must hold."""
+
 
 def _curves(path: Path, axis: str) -> dict[str, Curve]:
     points: dict[str, dict[float, float]] = defaultdict(dict)
@@ -243,7 +246,14 @@ class LayerProfile:
             MeasurementError: no tables for this degree, or a table without its columns.
         """
         folder = profile / f"tp{tp_size}"
-        if not folder.is_dir():
+        if folder.is_dir():
+            missing = [name for name in TABLES if not (folder / name).is_file()]
+            if missing:
+                raise MeasurementError(
+                    f"{folder}: expected the tables {', '.join(TABLES)}; got none of {', '.join(missing)}; copy the "
+                    "whole profile, or profile those kernels"
+                )
+        else:
             folder = profile
         if not (folder / "dense.csv").is_file():
             have = sorted(p.name for p in profile.glob("tp*")) if profile.is_dir() else []

@@ -36,6 +36,8 @@ SHEET_ERROR = 0.77
 OTHER_MAKER_ERROR = 0.5
 """Median |error| of NVIDIA's laws on an Intel Arc Pro B60, the only other maker whose kernel times we found
 (aiconfigurator-core 0.12.0, vLLM 0.20 tables): products 0.2, attention prefill 0.4, decode 0.6 to 1.1."""
+ROUNDED = 0.01
+"""Octaves by which data sheets of one device differ (an H800's memory: 3.35 or 3.352 TB/s). Assumed."""
 NORMAL_FROM_MEDIAN = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""
 
@@ -67,7 +69,7 @@ def transfer_spread(
         abs(math.log2(device.bandwidth / law.reference.bandwidth)),
         abs(math.log2(device.sm_count / law.reference.sm_count)),
     )
-    generation = 1.0 if other_cores else min(1.0, octaves)
+    generation = 1.0 if other_cores else min(1.0, octaves) if octaves > ROUNDED else 0.0
     parts = [generation * TRANSFER_ERROR.get(law.kind, OTHER_TRANSFER_ERROR)]
     if other_maker:
         parts.append(OTHER_MAKER_ERROR)

@@ -16,12 +16,16 @@ def run(
 ) -> None:
     """Fit operator times to measurements and write them into a hardware profile."""
     from longcat_sim.cli.output import say
+    from longcat_sim.records.measurement import load_measurements, skipped_lines
     from longcat_sim.studies.measure import calibrate, calibrate_published, error_table
 
     if measurements.suffix in (".yaml", ".yml"):
         times = calibrate_published(measurements, name, tables)
     else:
         times = calibrate(measurements, name, out)
+        skipped = load_measurements(measurements).skipped
+        if skipped:
+            say(f"{measurements}{skipped_lines(skipped)}")
     print(f"{'kind':18} {'dtype':6} {'split':20} {'MAPE':>7} {'90 % covers':>12} {'points':>7}")
     for kind, dtype, variant, split, mape, coverage, count in error_table(times):
         covers = "" if coverage is None else f"{coverage:.0%}"

@@ -20,7 +20,7 @@ def run(
     campaign: Annotated[bool, typer.Option("--campaign", help="All suites at full-size shapes, by value.")] = False,
     model: Annotated[str | None, typer.Option(help="Take the shapes of this model.")] = None,
     budget_s: Annotated[
-        float, typer.Option(help="Time box in s; what it drops is said. 0: 120, a campaign 480.")
+        float, typer.Option(min=0.0, help="Time box in s; what it drops is said. 0: 120, a campaign 480.")
     ] = 0.0,
 ) -> None:
     """Time operators, collectives and contention on this machine."""

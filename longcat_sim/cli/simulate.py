@@ -21,8 +21,11 @@ def run(
     from longcat_sim.records.files import write_text
     from longcat_sim.studies.simulate import simulate
 
+    chosen = load(scenario, set_ or [])
+    if step_by_step and chosen.serve is None:
+        say("--step-by-step has no effect on one step: it is the slow oracle of traffic (serve:)")
     result = simulate(
-        load(scenario, set_ or []),
+        chosen,
         step_by_step=step_by_step,
         keep_spans=trace is not None,
         progress=say,

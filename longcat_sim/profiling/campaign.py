@@ -112,7 +112,8 @@ class _Campaign:
             before = load_measurements(out)
             check_same_device(out, before.environment, self.result.environment)
             self._add(before)
-            self.steps = list(before.steps)
+            self.steps, self.result.skipped = list(before.steps), before.skipped
+        self.known = len(self.rows) + len(self.steps)
 
     def run(self, plan: Plan | None, budget_s: float) -> Profiled:
         """Measure the plan's suites in turn."""
@@ -132,6 +133,7 @@ class _Campaign:
                 if self.on_gpu:
                     torch.cuda.empty_cache()
             self.result.rows = list(self.rows.values())
+            self.result.fresh = len(self.rows) + len(self.steps) - self.known
             if is_first() and (self.rows or self.steps):
                 save_measurements(self.out, self.result.environment, self.result.rows, self.steps)
         self.result.wall_s = time.monotonic() - begin

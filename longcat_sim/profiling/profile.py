@@ -16,7 +16,14 @@ from longcat_sim.profiling.environment import here
 from longcat_sim.profiling.kernels import BUILDERS, TORCH_DTYPES, Place, Timed
 from longcat_sim.profiling.suites import DENSE, FULL, SUITES, Grid, reuse_bytes, suite_ops
 from longcat_sim.profiling.timing import Clock, Samples, measurement
-from longcat_sim.records.measurement import UNSTABLE_SPREAD, Environment, Measurement, load_measurements
+from longcat_sim.records.measurement import (
+    UNSTABLE_SPREAD,
+    Environment,
+    Measurement,
+    StepMeasurement,
+    load_measurements,
+    skipped_lines,
+)
 from longcat_sim.records.measurement import save_measurements as save
 from longcat_sim.specs.model import ModelSpec
 
@@ -40,6 +47,10 @@ class Profiled(Sequence[Measurement]):
     wall_s: float = 0.0
     dropped_suites: list[str] = field(default_factory=list)
     """Whole suites for which no time was left, or that need more than one GPU."""
+    fresh: int = 0
+    """Points and steps that were measured now; the others were in the file."""
+    skipped: Sequence[tuple[int, str]] = ()
+    """(line, reason) of what could not be read of a file that was resumed, and is measured again."""
     failed: dict[str, str] = field(default_factory=dict)
     """Kind of op with its dtype, or suite -> what the library said when one could not run."""
 
@@ -53,6 +64,9 @@ class Profiled(Sequence[Measurement]):
         """Return one line: points, unstable ones, and what was dropped."""
         unstable = sum(not row.stable for row in self.rows)
         text = f"{len(self.rows)} points in {self.wall_s:.0f} s, {unstable} unstable"
+        if self.fresh < len(self.rows):
+            text += f"; {self.fresh} of them new"
+        text += skipped_lines(self.skipped)
         if self.dropped:
             kinds = sorted({item.kind for _, item in self.dropped})
             text += f"; the time box dropped {len(self.dropped)} points ({', '.join(kinds)})"
@@ -146,18 +160,20 @@ class _Run:
         self.start = time.monotonic()
         self.dtype = CPU_DTYPE
         self.result = Profiled(here(place.device))
+        self.steps: tuple[StepMeasurement, ...] = ()
         self.broken: set[str] = set()
         """Kinds and dtypes that do not run here at all."""
 
     def measure(self, names: list[str], grid: Grid, dtype: str, resume: str | Path | None) -> Profiled:
         """Measure all rounds of all suites."""
-        kept: dict[Op, Measurement] = {}
+        kept: list[Measurement] = []
         if resume is not None and Path(resume).exists():
             before = load_measurements(resume)
             check_same_device(resume, before.environment, self.result.environment)
-            kept = {row.op: row for row in before if row.alongside is None}
+            kept, self.steps, self.result.skipped = list(before), before.steps, before.skipped
+        known = {row.op for row in kept if row.alongside is None}
         points = [(suite, item) for suite in names for item in suite_ops(suite, self.spec, grid, dtype)]
-        points = list({item: (suite, item) for suite, item in points if item not in kept}.values())
+        points = list({item: (suite, item) for suite, item in points if item not in known}.values())
         self.dtype = dtype
         samples: dict[Op, list[Samples]] = {item: [] for _, item in points}
         total = max(1, len(points) * ROUNDS)
@@ -214,13 +230,11 @@ class _Run:
             whole = whole.minus(Samples([self.clock.sample(part, budget_s / 2)]))
         samples.append(Samples([[sample / timed.divide for sample in whole.flat]]))
 
-    def _store(
-        self, points: list[tuple[str, Op]], samples: dict[Op, list[Samples]], kept: dict[Op, Measurement]
-    ) -> None:
+    def _store(self, points: list[tuple[str, Op]], samples: dict[Op, list[Samples]], kept: list[Measurement]) -> None:
         rows = [measurement(item, _merged(samples[item]), suite) for suite, item in points if samples[item]]
-        self.result.rows = [*kept.values(), *rows]
+        self.result.rows, self.result.fresh = [*kept, *rows], len(rows)
         if self.out is not None and self.result.rows:
-            save(self.out, self.result.environment, self.result.rows)
+            save(self.out, self.result.environment, self.result.rows, self.steps)
 
     def _tell(self, suite: str, item: Op, share: float) -> None:
         if self.progress is not None:

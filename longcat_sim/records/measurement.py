@@ -146,6 +146,15 @@ class Measurements(Sequence[Measurement]):
         return self.rows[index]
 
 
+def skipped_lines(skipped: Sequence[tuple[int, str]]) -> str:
+    """Return what to say of lines of a measurement file that could not be read."""
+    if not skipped:
+        return ""
+    shown = "; ".join(f"line {number}: {reason}" for number, reason in skipped[:3])
+    more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+    return f"; {len(skipped)} lines could not be read and were left out ({shown}{more})"
+
+
 def _op_to_json(item: Op) -> dict[str, Any]:
     return {"kind": item.kind, "dtype": item.dtype, "variant": item.variant, "dims": item.dims}
 

@@ -190,10 +190,14 @@ def stability(result: ServingResult) -> tuple[bool, float | None]:
     growth = waiting(end) - waiting(middle)
     if growth <= max(0.05 * came, 4 * came**0.5):
         return False, None
-    # from then until the last one was admitted, the queue was never empty: what left in that time is the capacity
-    last, drained = columns.numpy("last"), int(started[-1]) if len(started) else end
-    left = int(((last > middle) & (last <= drained)).sum())
-    return True, left / max((drained - middle) * 1e-9, 1e-9)
+    # from then until the last one was admitted, the queue was never empty: what was served in that time is the
+    # capacity, of a request that was under way at either end the share of its stay
+    drained = int(started[-1]) if len(started) else end
+    done = (scheduled >= 0) & (columns.numpy("status") == 1)
+    begin, stop = scheduled[done], columns.numpy("last")[done]
+    shared = np.minimum(stop, drained) - np.maximum(begin, middle)
+    served = float((np.maximum(shared, 0) / np.maximum(stop - begin, 1)).sum())
+    return True, served / max((drained - middle) * 1e-9, 1e-9)
 
 
 def intervals(

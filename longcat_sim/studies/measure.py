@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from longcat_sim.records.files import write_text
 from longcat_sim.records.measurement import Environment, load_measurements
 from longcat_sim.specs.hardware import HardwareSpec, hardware_names, load_hardware, profile_folders
 from longcat_sim.studies.beside import slowdowns, summary
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""What a profile may be called."""
 
 
 def calibrate(measurements: Path, name: str, out: Path | None = None, *, draws: int = 64, seed: int = 0) -> OpTimes:
@@ -64,8 +68,17 @@ def calibrate_published(records: Path, name: str, tables: Path | None = None) ->
 
 def _sheet(name: str, target: Path, environment: Environment) -> HardwareSpec:
     """Make sure that ``target`` has a data sheet; return it."""
+    if not NAME.fullmatch(name):
+        raise SpecError(f"--name {name}: expected letters, digits, dots and dashes, such as mine or h100-sxm-measured")
+    packaged = [folder / f"{name}.yaml" for folder in profile_folders() if (folder / f"{name}.yaml").exists()]
+    for known in [target] if target.exists() else packaged[:1]:
+        hardware = load_hardware(known)
+        if (environment.kind == "cpu") != (hardware.sm_count == 1):
+            raise SpecError(
+                f"--name {name}: expected measurements of {hardware.device or name}, whose data sheet {known.name} "
+                f"holds; got those of {environment.device!r}; give the fit a name of its own, such as --name mine"
+            )
     if not target.exists():
-        packaged = [folder / f"{name}.yaml" for folder in profile_folders() if (folder / f"{name}.yaml").exists()]
         if packaged:
             text = packaged[0].read_text(encoding="utf-8")
             write_text(target, text.split("\nfit:\n")[0] + "\n")

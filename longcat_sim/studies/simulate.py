@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,7 @@ def simulate_one_step(scenario: Scenario, op_times: OpTimesLike) -> StepOutcome:
         draws = simulate_draws(scenario, op_times, scenario.draws, seed=scenario.seed)
     figures = {key: Interval.of(values) for key, values in step_figures(scenario, draws).items()}
     figures["memory_bytes_per_gpu"] = Interval.of([step.memory.total_bytes])
-    notes = [*step.notes, *_op_notes(op_times, scenario, step)]
+    notes = [*step.notes, *_op_notes(op_times, scenario, step), *_price_notes([scenario])]
     context, longest = step_size(scenario).context, scenario.model.max_position_embeddings
     if float(np.max(context)) > longest:
         notes.append(f"contexts of {float(np.max(context)):,.0f} tokens are beyond the model's {longest:,}")
@@ -111,6 +111,19 @@ def is_extrapolated(tags: Mapping[Tag, float]) -> bool:
     return sum(share for tag, share in tags.items() if tag in ("extrapolated", "datasheet")) > LEANING
 
 
+def _price_notes(parts: Iterable[Scenario]) -> list[str]:
+    """Return where a scenario's price is not that of the hardware's own profile."""
+    notes = []
+    for part in parts:
+        given, own = part.price.usd_per_gpu_hour, part.hardware.price
+        if given is not None and own is not None and abs(given / own - 1) > 0.01:
+            notes.append(
+                f"price: {given:.2f} USD per GPU-hour is the scenario's for any hardware; the profile of "
+                f"{part.hardware.name} says {own:.2f}: --set price.usd_per_gpu_hour={own:g}"
+            )
+    return list(dict.fromkeys(notes))
+
+
 def _op_notes(op_times: OpTimesLike, scenario: Scenario, step: StepResult) -> list[str]:
     """Return what a reader must know of the op times, the device and the settings."""
     notes = []
@@ -147,7 +160,14 @@ def simulate_traffic(
         intervals = metrics.intervals(figures, drawn, run.interpolation_error)
         figures["wall_s"] += sum(each["wall_s"] for each in drawn)
     notes = list(dict.fromkeys(notes))
-    notes += budget_notes(pools_of(scenario, serve), serve)
+    notes += budget_notes(pools_of(scenario, serve), serve) + _price_notes(pools_of(scenario, serve).values())
+    longest = scenario.model.max_position_embeddings
+    beyond = int((run.records.numpy("input") + run.records.numpy("output") > longest).sum())
+    if beyond and serve.scheduler.max_model_len is None:
+        notes.append(
+            f"{beyond} requests are longer than the {longest:,} tokens that the model was made for, and are served all "
+            f"the same: --set serve.scheduler.max_model_len={longest} rejects them"
+        )
     start, end = figures["window_s"]
     stay = (figures["e2e_s"] or {}).get("p50", 0.0)
     filling = max(0.0, FILL * stay - start) > FILLING * (end - start)

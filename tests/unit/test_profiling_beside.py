@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longcat_sim.calibration.roofline import Roofline
-from longcat_sim.errors import MeasurementError
+from longcat_sim.errors import MeasurementError, SpecError
 from longcat_sim.ops import op
 from longcat_sim.ops.op import Op
 from longcat_sim.profiling.campaign import run_campaign
@@ -16,10 +16,11 @@ from longcat_sim.profiling.kernels import BUILDERS, Place
 from longcat_sim.profiling.profile import profile
 from longcat_sim.profiling.streams import measure_streams, stream_pairs
 from longcat_sim.profiling.suites import Grid, suite_ops
-from longcat_sim.records.measurement import Measurement, load_measurements
+from longcat_sim.records.measurement import Measurement, load_measurements, save_measurements, skipped_lines
 from longcat_sim.specs.hardware import load_hardware
 from longcat_sim.specs.model import model_spec
 from longcat_sim.studies.beside import rate_beside, slowdowns, summary
+from longcat_sim.studies.measure import calibrate
 
 TINY = model_spec("longcat-tiny")
 CPU = Place(torch.device("cpu"), torch.float32)
@@ -92,3 +93,36 @@ def test_what_a_library_cannot_do_is_named_and_the_rest_is_measured(monkeypatch:
     assert "norm fp32 failed: no such kernel" in found.summary()
     assert {row.op.kind for row in found} >= {"router", "embedding"}
     assert all(item.kind != "norm" for _, item in found.dropped)
+
+
+def test_a_resumed_profile_keeps_pairs_and_steps(tmp_path: Path) -> None:
+    """The file's contention pairs and model steps were thrown away by the next suite of ops."""
+    out = tmp_path / "m.jsonl"
+    run_campaign(out, device="cpu", budget_s=3.0, plan=(("model-step", "longcat-tiny", 1.0),))
+    beside = op("elementwise", dtype="fp32", rows=64, width=64, inputs=1)
+    pair = Measurement(
+        op=op("gemm", dtype="fp32", m=8, n=64, k=64), median_s=1.0, p10_s=1.0, p90_s=1.0, count=1, alongside=beside
+    )
+    before = load_measurements(out)
+    save_measurements(out, before.environment, [*before, pair], before.steps)
+    found = profile(["small-ops"], "cpu", TINY, budget_s=1.0, grid=GRID, out=out, resume=out)
+    after = load_measurements(out)
+    assert pair in list(after)
+    assert after.steps == before.steps
+    assert f"{found.fresh} of them new" in found.summary()
+
+
+def test_the_fit_of_a_cpu_does_not_go_into_the_profile_of_a_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "m.jsonl"
+    profile(["decode"], "cpu", TINY, budget_s=1.0, grid=GRID, out=out)
+    for name, match in (("h100-sxm", "a name of its own"), ("../zz", "expected letters")):
+        with pytest.raises(SpecError, match=match):
+            calibrate(out, name, tmp_path / "fit.yaml")
+    assert not (tmp_path / "fit.yaml").exists()
+
+
+def test_lines_that_could_not_be_read_are_named() -> None:
+    assert skipped_lines([]) == ""
+    said = skipped_lines([(3, "not JSON"), (5, "nan"), (6, "x"), (9, "y")])
+    assert said.startswith("; 4 lines could not be read and were left out (line 3: not JSON;")
+    assert said.endswith("and 1 more)")
