@@ -79,7 +79,7 @@ class OpTimes:
         """
         grouped: dict[Key, list[Measurement]] = defaultdict(list)
         for row in measurements:
-            if row.alongside is None and row.op.kind in LAWS:
+            if not row.is_contention and row.op.kind in LAWS:
                 grouped[row.op.kind, row.op.dtype, row.op.variant].append(row)
         sizes = {key: len({row.op for row in rows}) for key, rows in grouped.items()}
         faults = [

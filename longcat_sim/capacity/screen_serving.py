@@ -124,8 +124,8 @@ def curve(shape: Shape, step: StepFn, traffic: Traffic) -> Curve:
     )  # fmt: skip
 
 
-ROUNDS = 8
-"""Rounds in which the prompts under way and how long each takes settle (each is a mild function of the other)."""
+ROUNDS, SETTLED = 100, 1e-4
+"""Most rounds in which the prompts under way and how long each takes settle, and the change that is none."""
 
 
 def _beside(
@@ -143,7 +143,9 @@ def _beside(
         step_s = np.array([np.interp(at / ranks, fills, row) for at, row in zip(flying, beside_s, strict=True)])
         extra, way = turns * (step_s - decode_s) / flying, turns * step_s
         rate = 1.0 / (extra + traffic.output_tokens * decode_s / (batch * per_step))
-        flying = np.clip(rate * way, 1.0, ranks)
+        before, flying = flying, np.clip(rate * way, 1.0, ranks)
+        if np.abs(flying - before).max() < SETTLED * ranks:
+            break
     return extra, way
 
 

@@ -24,10 +24,15 @@ def run(
     ] = 0.0,
 ) -> None:
     """Time operators, collectives and contention on this machine."""
+    from longcat_sim.errors import MeasurementError
     from longcat_sim.profiling.campaign import run_campaign
     from longcat_sim.profiling.profile import pick_device, profile
     from longcat_sim.profiling.suites import DENSE, FULL, SUITES
 
+    if campaign and (suite or model):
+        raise MeasurementError(
+            "--campaign: expected no --suite and no --model, which its plan has; got both; leave one of them out"
+        )
     suites = suite or list(SUITES)
     if campaign:
         with bar("campaign") as progress:
@@ -35,7 +40,7 @@ def run(
     else:
         spec = model or "longcat-cpu-64e"
         with bar("profile") as progress:
-            if set(suites) <= set(SUITES):
+            if set(suites) <= set(SUITES) and os.environ.get("WORLD_SIZE", "1") == "1":
                 found = profile(suites, device, spec, budget_s or BUDGET_S, resume=out, out=out, progress=progress)
             else:
                 grid = FULL if pick_device(device).type == "cuda" else DENSE
@@ -44,4 +49,4 @@ def run(
                     out, device=device, budget_s=budget_s or BUDGET_S, progress=progress, plan=plan, grid=grid
                 )
     if os.environ.get("RANK", "0") == "0":  # of torchrun's ranks the first writes
-        say(f"{found.summary()}; written to {out}")
+        say(found.summary() + (f"; written to {out}" if out.exists() else "; nothing to write"))

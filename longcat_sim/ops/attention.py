@@ -30,7 +30,7 @@ aiconfigurator-core 0.12.0)."""
 
 
 def gqa_variant(rows: float) -> str:
-    """Return the kernel that decodes with ``rows`` query rows per KV head: ``mha`` (one), ``wide`` (many), or "".
+    """Return the kernel that decodes with ``rows`` query heads per KV head: ``mha`` (one), ``wide`` (many), or "".
 
     One row has a kernel of its own, without tensor cores (fp8 KV cache, H200: 256 pairs of sequence and KV head of
     16,384 positions take 376 us with one row, 254 us with two).
@@ -227,7 +227,7 @@ def _gqa(model: ModelSpec, deployment: Deployment, size: StepSize) -> tuple[Ops,
         "batch": sequences, "queries": size.queries, "context": size.context, "heads": heads, "kv_heads": kv_heads,
     }  # fmt: skip
     if size.phase == "decode":
-        variant = gqa_variant(float(np.max(size.queries)) * heads / kv_heads)
+        variant = gqa_variant(heads / kv_heads)  # of one query: tables hold no drafts
         core = OpShape("attention core", "gqa_decode", {**dims, "head_dim": dim}, core_dtype, variant)
     else:
         core = OpShape("attention core", "attention_prefill", {**dims, "qk_dim": dim, "v_dim": dim}, core_dtype)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from longcat_sim.errors import MeasurementError
 from longcat_sim.model.longcat import LongcatFlash
 from longcat_sim.ops.op import Op
 from longcat_sim.profiling.collectives import (
@@ -31,13 +32,14 @@ from longcat_sim.profiling.profile import (
     Progress,
     check_same_device,
     check_suites,
-    first_line,
+    free_memory,
     pick_device,
     profile,
 )
 from longcat_sim.profiling.steps import POINTS, measure_steps
 from longcat_sim.profiling.streams import measure_streams
 from longcat_sim.profiling.suites import ALL_SUITES, FULL, SMALL, Grid
+from longcat_sim.profiling.timing import first_line
 from longcat_sim.records.measurement import Measurement, StepMeasurement, load_measurements, save_measurements
 from longcat_sim.specs.model import model_spec
 
@@ -106,14 +108,16 @@ class _Campaign:
         self.on_gpu = place.type == "cuda"
         self.grid = grid or (FULL if self.on_gpu else SMALL)
         self.result = Profiled(here(place))
-        self.rows: dict[tuple[Op, Op | None], Measurement] = {}
+        self.rows: dict[Op, Measurement] = {}
+        self.pairs: list[Measurement] = []
+        """Of contention, in the order in which they were measured: each pair with its own times alone."""
         self.steps: list[StepMeasurement] = []
         if out.exists():
             before = load_measurements(out)
             check_same_device(out, before.environment, self.result.environment)
             self._add(before)
             self.steps, self.result.skipped = list(before.steps), before.skipped
-        self.known = len(self.rows) + len(self.steps)
+        self.known = len(self._all()) + len(self.steps)
 
     def run(self, plan: Plan | None, budget_s: float) -> Profiled:
         """Measure the plan's suites in turn."""
@@ -128,22 +132,26 @@ class _Campaign:
             )
             try:
                 measure(suite, name, box)
-            except RuntimeError as error:  # out of memory, or what this device or library cannot do
+            except (RuntimeError, MeasurementError) as error:  # out of memory, or what this place cannot do
                 self.result.failed.setdefault(suite, first_line(error))
-                if self.on_gpu:
-                    torch.cuda.empty_cache()
-            self.result.rows = list(self.rows.values())
-            self.result.fresh = len(self.rows) + len(self.steps) - self.known
-            if is_first() and (self.rows or self.steps):
+                free_memory(self.place)
+            self.result.rows = self._all()
+            self.result.fresh = max(0, len(self.result.rows) + len(self.steps) - self.known)
+            if is_first() and (self.result.rows or self.steps):
                 save_measurements(self.out, self.result.environment, self.result.rows, self.steps)
         self.result.wall_s = time.monotonic() - begin
         return self.result
 
-    def _add(self, rows: Iterable[Measurement]) -> None:
-        self.rows |= {(row.op, row.alongside): row for row in rows}
+    def _all(self) -> list[Measurement]:
+        return [*self.rows.values(), *self.pairs]
 
-    def _has(self, suite: str) -> bool:
-        return any(row.suite == suite for row in self.rows.values())
+    def _add(self, rows: Iterable[Measurement]) -> None:
+        """Take rows in: an op alone replaces what was known of it, pairs replace all of the same suite."""
+        rows = list(rows)
+        self.rows |= {row.op: row for row in rows if not row.is_contention}
+        fresh = [row for row in rows if row.is_contention]
+        suites = {row.suite for row in fresh}
+        self.pairs = [row for row in self.pairs if row.suite not in suites] + fresh
 
     def _ops(self, suite: str, name: str, box_s: float) -> None:
         found = profile([suite], self.place, name, box_s, grid=self.grid, resume=self.out, progress=self.progress)
@@ -164,16 +172,16 @@ class _Campaign:
 
     def _ranks(self, suite: str, name: str, box_s: float) -> None:
         """Measure between the ranks that there are, or gloo ranks of its own on a CPU; contention within the device."""
-        if self._has(suite):
-            return
         spec, dtype = model_spec(name), CUDA_DTYPE if self.on_gpu else CPU_DTYPE
         found: list[Measurement] = []
         inside = suite == "contention"
         if box_s > 0 and inside and not is_grouped():
             place = Place(self.place, TORCH_DTYPES[dtype])
-            found += measure_streams(spec, place, dtype, budget_s=box_s / (1 if self.on_gpu else 2))
-        if box_s > 0 and is_grouped():
-            found += run_suites([suite], spec, self.place, dtype, box_s)
+            half = box_s / (1 if self.on_gpu else 2)
+            found += measure_streams(spec, place, dtype, budget_s=half, failed=self.result.failed)
+            self._add(found)
+        if is_grouped():  # the first rank's clock decides for all
+            found += run_suites([suite], spec, self.place, dtype, max(box_s, 0.0))
         elif box_s > 0 and not self.on_gpu:
             found += profile_collectives([suite], spec, budget_s=box_s / (2 if inside else 1))
         self._add(found)

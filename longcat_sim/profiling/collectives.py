@@ -10,6 +10,7 @@ import datetime
 import os
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ SIZES = tuple(4**power for power in range(6, 13))
 ROUNDS, REPEATS = 3, 8
 UNEVEN = 3.0
 """Of an uneven all-to-all: the busiest destination gets this many times the share of the others."""
+PAIRS = "contention between ranks"
 TIMEOUT_S = 60.0
 # torch 2.13 renamed them
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -101,6 +103,32 @@ def _since(begin: float, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
+def _watch(handle: Any, begin: float, device: torch.device) -> Callable[[], float]:
+    """Return what waits for a collective and gives the seconds from ``begin`` to its own end."""
+    if device.type == "cuda":  # a stream that waits for nothing else
+        side, done = torch.cuda.Stream(device), torch.cuda.Event(blocking=True)
+        with torch.cuda.stream(side):
+            handle.wait()
+            done.record(side)
+    found: list[float] = []
+
+    def wait() -> None:
+        if device.type == "cuda":
+            done.synchronize()
+        else:
+            handle.wait()
+        found.append(time.perf_counter() - begin)
+
+    watcher = threading.Thread(target=wait)
+    watcher.start()
+
+    def ended() -> float:
+        watcher.join()
+        return found[0]
+
+    return ended
+
+
 def _measure_alone(item: Op, device: torch.device) -> Measurement:
     start = _start(item.kind, int(item["message_bytes"]), int(item["ranks"]), device, item.variant)
     rounds = []
@@ -115,6 +143,7 @@ def _measure_pair(compute: Op, collective: Op, spec: ModelSpec, place: Place) ->
     run = build_gemm(compute, spec, place).run
     start = _start(collective.kind, int(collective["message_bytes"]), int(collective["ranks"]), place.device)
     device = place.device
+    _timed(lambda: start().wait(), device)  # the first call sets up connections
     once = _timed(lambda: start().wait(), device)
     calls = max(1, round(once / max(_timed(run, device), 1e-6)))
     alone_c: list[list[float]] = []
@@ -129,23 +158,20 @@ def _measure_pair(compute: Op, collective: Op, spec: ModelSpec, place: Place) ->
             dist.barrier()
             _settle(device)
             begin = time.perf_counter()
-            handle = start()
+            ended = _watch(start(), begin, device)
             for _ in range(calls):
                 run()
-            middle = _since(begin, device)
-            handle.wait()
-            _settle(device)
-            parts[2].append(middle / calls)
-            parts[3].append(time.perf_counter() - begin)
+            parts[2].append(_since(begin, device) / calls)
+            parts[3].append(ended())
         for store, part in zip((alone_c, alone_x, both_c, both_x), parts, strict=True):
             store.append(part)
-    # the collective ran from start to end of both; compute ran for its own part of that
+    # both began together
     compute_s, both_s = calls * float(np.median(both_c)), float(np.median(both_x))
     return [
-        measurement(compute, Samples(alone_c), "contention"),
-        measurement(collective, Samples(alone_x), "contention"),
-        measurement(compute, Samples(both_c), "contention", collective, min(1.0, both_s / compute_s)),
-        measurement(collective, Samples(both_x), "contention", compute, min(1.0, compute_s / both_s)),
+        measurement(compute, Samples(alone_c), PAIRS),
+        measurement(collective, Samples(alone_x), PAIRS),
+        measurement(compute, Samples(both_c), PAIRS, collective, min(1.0, both_s / compute_s)),
+        measurement(collective, Samples(both_x), PAIRS, compute, min(1.0, compute_s / both_s)),
     ]
 
 
@@ -241,7 +267,7 @@ def profile_collectives(
         out = str(Path(folder) / "rows.jsonl")
         try:
             mp.spawn(_rank, (ranks, _free_port(), out, suites, spec, budget_s), nprocs=ranks, join=True)
-        except mp.ProcessRaisedException as error:
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             raise MeasurementError(f"collectives: expected {ranks} gloo ranks on this machine; {error}") from None
 
         return list(load_measurements(out))

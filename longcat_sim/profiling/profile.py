@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from longcat_sim.ops.op import Op
 from longcat_sim.profiling.environment import here
 from longcat_sim.profiling.kernels import BUILDERS, TORCH_DTYPES, Place, Timed
 from longcat_sim.profiling.suites import DENSE, FULL, SUITES, Grid, reuse_bytes, suite_ops
-from longcat_sim.profiling.timing import Clock, Samples, measurement
+from longcat_sim.profiling.timing import Clock, Samples, first_line, measurement
 from longcat_sim.records.measurement import (
     UNSTABLE_SPREAD,
     Environment,
@@ -161,8 +162,8 @@ class _Run:
         self.dtype = CPU_DTYPE
         self.result = Profiled(here(place.device))
         self.steps: tuple[StepMeasurement, ...] = ()
-        self.broken: set[str] = set()
-        """Kinds and dtypes that do not run here at all."""
+        self.broken: set[Op] = set()
+        """Points that do not run here."""
 
     def measure(self, names: list[str], grid: Grid, dtype: str, resume: str | Path | None) -> Profiled:
         """Measure all rounds of all suites."""
@@ -171,7 +172,7 @@ class _Run:
             before = load_measurements(resume)
             check_same_device(resume, before.environment, self.result.environment)
             kept, self.steps, self.result.skipped = list(before), before.steps, before.skipped
-        known = {row.op for row in kept if row.alongside is None}
+        known = {row.op for row in kept if not row.is_contention}
         points = [(suite, item) for suite in names for item in suite_ops(suite, self.spec, grid, dtype)]
         points = list({item: (suite, item) for suite, item in points if item not in known}.values())
         self.dtype = dtype
@@ -200,7 +201,7 @@ class _Run:
         self._store(points, samples, kept)
         self.result.dropped = [
             (suite, item)
-            for suite, item in points if not samples[item] and f"{item.kind} {item.dtype}" not in self.result.failed
+            for suite, item in points if not samples[item] and item not in self.broken
         ]  # fmt: skip
         self.result.wall_s = time.monotonic() - self.start
         return self.result
@@ -210,17 +211,14 @@ class _Run:
 
     def _take(self, item: Op, samples: list[Samples], budget_s: float) -> None:
         """Build the op, time one round of it and of the parts that are taken off, and let go of its memory."""
-        name = f"{item.kind} {item.dtype}"
-        if name in self.broken:
+        if item in self.broken:
             return
         try:
             self._time(item, samples, budget_s)
         except RuntimeError as error:  # out of memory, or a kernel that this device or library does not have
-            self.result.failed.setdefault(name, first_line(error))
-            if not isinstance(error, torch.OutOfMemoryError):
-                self.broken.add(name)
-            if self.place.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self.result.failed.setdefault(f"{item.kind} {item.dtype}", first_line(error))
+            self.broken.add(item)
+            free_memory(self.place.device)
 
     def _time(self, item: Op, samples: list[Samples], budget_s: float) -> None:
         timed: Timed = BUILDERS[item.kind](item, self.spec, self.place)
@@ -242,9 +240,11 @@ class _Run:
             self.progress(f"{suite}: {item.kind}", share, min(self._left(), spent / share - spent))
 
 
-def first_line(error: Exception) -> str:
-    """Return what an exception says, on one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def free_memory(device: torch.device) -> None:
+    """Give back what the allocator holds, if the device still answers."""
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
 def _merged(samples: list[Samples]) -> Samples:

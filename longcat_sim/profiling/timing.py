@@ -29,7 +29,7 @@ WARM_FROM_S = 2e-3
 STREAM_POOL_BYTES = 128 << 20
 """Weights to stream before a CPU op: more than a last-level cache holds."""
 STREAM_WIDTH = 512
-GRAPH_BELOW_S = 100e-6
+GRAPH_BELOW_S = 300e-6
 GRAPH_CALLS = 20
 
 
@@ -74,6 +74,11 @@ def measurement(
         stable=samples.spread <= UNSTABLE_SPREAD, alongside=alongside, overlapped=overlapped,
         block_s=tuple(Samples([part]).quantiles()[0] for part in samples.rounds),
     )  # fmt: skip
+
+
+def first_line(error: Exception) -> str:
+    """Return what an exception says, on one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @lru_cache(maxsize=1)

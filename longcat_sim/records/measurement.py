@@ -91,6 +91,11 @@ class Measurement:
             raise ValueError(f"count: expected 1 or more; got {self.count}; measure the point again")
 
     @property
+    def is_contention(self) -> bool:
+        """Whether it is of ops side by side: one beside another, or alone in the same rounds (and with warm caches)."""
+        return self.alongside is not None or self.suite.startswith("contention")
+
+    @property
     def spread(self) -> float:
         """(p90 - p10) / median."""
         return (self.p90_s - self.p10_s) / self.median_s

@@ -34,12 +34,16 @@ def slowdowns(rows: Iterable[Measurement], times: OpTimesLike, *, own_cores: boo
 
     ``own_cores``: the two were threads of a CPU, which share its memory but have a core each.
     """
-    rows = [row for row in rows if row.suite == "contention" and not row.op.is_collective]
-    alone = {row.op: row.median_s for row in rows if row.alongside is None}
+    alone: dict[Op, float] = {}
     found = []
     for row in rows:
         neighbour = row.alongside
-        if neighbour is None or neighbour.is_collective or row.op not in alone:
+        if row.suite != "contention":
+            continue
+        if neighbour is None:  # of the pair that follows, measured in the same rounds
+            alone[row.op] = row.median_s
+            continue
+        if row.op not in alone:
             continue
         demands = [times.demand(item) for item in (row.op, neighbour)]
         pair = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,14 @@ def test_pairs_run_alone_and_at_once() -> None:
         (small, None), (beside, None), (small, beside), (beside, small)
     ]  # fmt: skip
     assert all(0 < row.overlapped <= 1 for row in rows)
+    with torch.inference_mode():
+        once = BUILDERS["gemm"](small, TINY, CPU).run
+        once()
+        start = time.perf_counter()
+        for _ in range(100):
+            once()
+        seconds = (time.perf_counter() - start) / 100
+    assert rows[0].p10_s < 10 * seconds  # a thread with the library's own threads took 600 times as long
 
 
 def test_one_suite_leaves_the_measurements_of_the_others_in_the_file(tmp_path: Path) -> None:
@@ -126,3 +135,40 @@ def test_lines_that_could_not_be_read_are_named() -> None:
     said = skipped_lines([(3, "not JSON"), (5, "nan"), (6, "x"), (9, "y")])
     assert said.startswith("; 4 lines could not be read and were left out (line 3: not JSON;")
     assert said.endswith("and 1 more)")
+
+
+def test_an_op_alone_beside_others_is_not_fitted(tmp_path: Path) -> None:
+    """In a pair it runs again and again with warm caches."""
+    item, beside = (
+        suite_ops("decode", TINY, GRID, "fp32")[0],
+        op("elementwise", dtype="fp32", rows=9, width=64, inputs=1),
+    )
+
+    def row(suite: str, seconds: float, alongside: Op | None = None) -> Measurement:
+        return Measurement(
+            op=item, median_s=seconds, p10_s=seconds, p90_s=seconds, count=1, suite=suite, alongside=alongside
+        )
+
+    assert not row("decode", 1.0).is_contention
+    assert row("contention", 1.0).is_contention
+    assert row("contention between ranks", 1.0, beside).is_contention
+    out = tmp_path / "m.jsonl"
+    found = profile(["decode"], "cpu", TINY, budget_s=0.2, grid=GRID, out=out)
+    known = load_measurements(out)
+    save_measurements(out, known.environment, [*known, row("contention", 9.0), row("contention", 8.0, beside)])
+    run_campaign(out, device="cpu", budget_s=1.0, plan=(("decode", "longcat-tiny", 1.0),), grid=GRID)
+    after = load_measurements(out)
+    mine = next(r for r in found if r.op == item)
+    assert mine in list(after)
+    assert sum(r.is_contention for r in after) == 2
+
+
+@pytest.mark.parametrize(("heads", "drafts", "variant"), [(32, 0, "mha"), (64, 3, ""), (64, 8, "")])
+def test_drafts_do_not_change_the_decode_kernel(heads: int, drafts: int, variant: str) -> None:
+    """64 heads on 8 KV heads with 4 drafts: 40 query rows per KV head, and still no kernel that nobody measured so."""
+    from longcat_sim.ops.attention import StepSize, attention
+    from longcat_sim.specs.deployment import Deployment
+
+    model = model_spec("qwen3-32b").replace(num_attention_heads=heads, num_key_value_heads=8 if heads == 64 else heads)
+    _, core = attention(model, Deployment(num_gpus=1), StepSize("decode", 4, 1 + drafts, 4096))
+    assert next(shape for shape in core if shape.kind == "gqa_decode").variant == variant

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from longcat_sim.calibration.roofline import Roofline
 from longcat_sim.simulation.serving.cluster import Engine
-from longcat_sim.simulation.serving.ranked import RankedStepTimes, fill_nodes, fullest_rank, rank_share
+from longcat_sim.simulation.serving.ranked import RankedStepTimes, fill_nodes, fullest_ranks, rank_share
 from longcat_sim.simulation.serving.simulate import simulate_serving
 from longcat_sim.simulation.step import replica_kv_tokens, step_seconds_many
 from longcat_sim.specs.scenario import Scenario, scenario
@@ -118,13 +118,28 @@ def test_fills_run_from_one_rank_to_all() -> None:
     assert fill_nodes(32) == [1 / 32, 1 / 8, 0.25, 0.5, 1.0]
 
 
-def test_the_others_wait_for_the_rank_with_the_most_tokens_and_the_most_keys() -> None:
+def test_the_others_wait_for_the_rank_with_the_most_tokens_or_the_most_keys() -> None:
     late = (100, 100 * 30_000)  # after 30,000 tokens
-    assert fullest_rank([late], 4, 256) == (100, 3_000_000)
-    assert fullest_rank([late, (256, 256 * 128)], 4, 256) == (256, 3_000_000)  # as long as either rank
-    assert fullest_rank([(50, 5)] * 4 + [(1, 1)], 4, 256) == (51, 6)  # the last joins the least full
-    assert fullest_rank([(200, 20)] * 5, 4, 256) == (256, 40)  # a full rank cuts its last chunk
-    assert fullest_rank([(200, 20)] * 5, 4, 500) == (400, 40)
+    assert fullest_ranks([late], 4, 256) == [(100, 3_000_000)]
+    assert fullest_ranks([late, (256, 256 * 128)], 4, 256) == [(256, 32_768), late]  # as long as either rank
+    assert fullest_ranks([(50, 5)] * 4 + [(1, 1)], 4, 256) == [(51, 6)]  # the last joins the least full
+    assert fullest_ranks([(200, 20)] * 5, 4, 256) == [(256, 26)]  # a full rank cuts its last chunk, and its pairs
+    assert fullest_ranks([(200, 20)] * 5, 4, 500) == [(400, 40)]
+
+
+def test_fresh_tokens_on_another_rank_do_not_shorten_a_late_chunk() -> None:
+    """Of LongCat: what a late chunk expands again depends on its own context, not on the tokens of another rank."""
+    of = case()
+    made = RankedStepTimes.from_function(
+        StepFunction(of, Roofline(of.hardware)), RANKS, max_batch=8, max_context=65536, max_prefill_tokens=2048
+    )
+    late = (500, 50_000)
+    alone, _ = made.dealt_ns(0, 0, [late], 2048)
+    beside, _ = made.dealt_ns(0, 0, [late, (2048, 0)], 2048)
+    assert beside >= alone * 0.999
+    full, _ = made.dealt_ns(0, 0, [(2048, 10_000)] * RANKS, 2048)
+    crowded, _ = made.dealt_ns(0, 0, [(1800, 10_000)] * (RANKS + 1), 2048)
+    assert crowded <= full * 1.02  # read between shares of full ranks; with pairs of uncut chunks it was 1.23
 
 
 @settings(max_examples=60, deadline=None)
@@ -135,8 +150,8 @@ def test_a_chunk_more_never_shortens_a_step(rows: list[tuple[int, int]]) -> None
     chunks = [(tokens, tokens * before + tokens * (tokens + 1) // 2) for tokens, before in rows]
 
     def step(of: list[tuple[int, int]]) -> int:
-        fullest, pairs = fullest_rank(of, RANKS, 256)
-        return made.ranked_ns(0, 0, min(sum(tokens for tokens, _ in of), RANKS * 256), fullest, pairs)
+        total = min(sum(tokens for tokens, _ in of), RANKS * 256)
+        return max(made.ranked_ns(0, 0, total, *rank) for rank in fullest_ranks(of, RANKS, 256))
 
     if len(chunks) <= RANKS:
         assert all(step(chunks[: n + 1]) >= step(chunks[:n]) - 1 for n in range(1, len(chunks)))

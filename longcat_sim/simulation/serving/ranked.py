@@ -28,19 +28,20 @@ def fill_nodes(ranks: int) -> list[float]:
 
 
 def rank_share(budget: int, ranks: int) -> int:
-    """Return the prompt tokens of one rank in one step. Source: sglang, chunked_prefill_size // dp_size."""
+    """Return the prompt tokens of one rank in one step: an even share (sglang: chunked_prefill_size // dp_size), but
+    rounded up, so that all ranks together hold the whole budget."""
     return -(-budget // ranks)
 
 
-def fullest_rank(chunks: Sequence[tuple[int, int]], ranks: int, most: int) -> tuple[int, int]:
-    """Return (tokens, pairs of query and key) of the rank that the others wait for.
+def fullest_ranks(chunks: Sequence[tuple[int, int]], ranks: int, most: int) -> list[tuple[int, int]]:
+    """Return (tokens, pairs of query and key) of the ranks that the others may wait for: that with the most tokens,
+    and that with the most pairs where it is another.
 
     Chunks of (tokens, pairs) are dealt out largest first, each to the rank with the fewest tokens; a rank takes at
-    most ``most`` (a full one cuts its last chunk), and one of them as much as an even share. Tokens and pairs may be
-    two ranks': the step lasts as long as either.
+    most ``most`` (a full one cuts its last chunk), and one of them as much as an even share.
     """
     if len(chunks) <= ranks:
-        return max(tokens for tokens, _ in chunks), max(pairs for _, pairs in chunks)
+        return list(dict.fromkeys((max(chunks), max(chunks, key=lambda chunk: chunk[1]))))
     held = [(0, rank) for rank in range(ranks)]
     heapify(held)
     pairs_of = [0] * ranks
@@ -48,8 +49,11 @@ def fullest_rank(chunks: Sequence[tuple[int, int]], ranks: int, most: int) -> tu
         load, rank = held[0]
         pairs_of[rank] += pairs
         heapreplace(held, (load + tokens, rank))
-    fullest, even = max(held)[0], -(-sum(tokens for tokens, _ in chunks) // ranks)
-    return max(min(fullest, most), even), max(pairs_of)
+    even = -(-sum(tokens for tokens, _ in chunks) // ranks)
+    all_ranks = [(min(load, most), round(pairs_of[rank] * min(1.0, most / load))) for load, rank in held]
+    tokens, pairs = max(all_ranks)
+    longest = max(all_ranks, key=lambda rank: rank[1])
+    return list(dict.fromkeys(((max(tokens, even), pairs), longest)))
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class RankedStepTimes:
     def ranked_ns(self, batch: int, total_context: int, tokens: int, fullest: int, pairs: int) -> int:
         """Return the time of a step that prefills ``tokens`` on all ranks; the one that the others wait for has
         ``fullest`` of them, whose queries attend to ``pairs`` keys in all."""
-        fill, fills = tokens / (fullest * self.ranks), self.fills
+        fill, fills = min(1.0, tokens / (fullest * self.ranks)), self.fills
         k = min(max(bisect_right(fills, fill) - 1, 0), len(fills) - 2)
         low = self.grids[k].mixed_ns(batch, total_context, fullest, pairs)
         high = self.grids[k + 1].mixed_ns(batch, total_context, fullest, pairs)
@@ -121,8 +125,8 @@ class RankedStepTimes:
     def dealt_ns(self, batch: int, total_context: int, chunks: Sequence[tuple[int, int]], most: int) -> tuple[int, int]:
         """Return the time of a step with chunks of (tokens, tokens before them), and the fullest rank's tokens."""
         each = [(count, count * before + (count * (count + 1) >> 1)) for count, before in chunks]
-        fullest, pairs = fullest_rank(each, self.ranks, most)
-        return self.ranked_ns(batch, total_context, sum(count for count, _ in chunks), fullest, pairs), fullest
+        total, waited = sum(count for count, _ in chunks), fullest_ranks(each, self.ranks, most)
+        return max(self.ranked_ns(batch, total_context, total, *rank) for rank in waited), waited[0][0]
 
     def is_outside(self, batch: int, total_context: int, fullest: int) -> bool:
         """Whether the step lies outside the nodes."""

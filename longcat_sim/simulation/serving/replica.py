@@ -61,7 +61,7 @@ class Replica(Batch):
         self.slowdown = 1.0
         self.prefilled_tokens = 0
         self.fullest_tokens = 0
-        """Prompt tokens of the fullest rank, over all steps."""
+        """Prompt tokens of the fullest of several data-parallel ranks, over all steps."""
         self.num_steps = 0
         self.outside_steps = 0
 
