@@ -30,8 +30,9 @@ def run(
     from longcat_sim.profiling.suites import DENSE, FULL, SUITES
 
     if campaign and (suite or model):
+        given = " and ".join([f"--suite {name}" for name in suite or ()] + ([f"--model {model}"] if model else []))
         raise MeasurementError(
-            "--campaign: expected no --suite and no --model, which its plan has; got both; leave one of them out"
+            f"--campaign: expected no --suite and no --model, its plan has them; got {given}; drop it"
         )
     suites = suite or list(SUITES)
     if campaign:
