@@ -78,8 +78,9 @@ FULL = Grid(
 """For a GPU: the campaign's."""
 RIDING = frozenset({"permute", "unpermute", "experts silu"})
 """Steps of the experts that the CPU's expert-by-expert code does inside its products (see ``kernels.grouped_gemm``)."""
-MOST_SEQUENCES = 16
-"""Of the decode step whose weights pass between two ops; larger steps read nearly all experts."""
+MOST_SEQUENCES = 4
+"""Of the decode step whose weights pass between two ops. More would throw the op's own rows, which a step has just
+written, out of the caches too: norms of 12 rows then took twice as long as in a step."""
 LARGEST_CACHE_TOKENS = 1 << 20
 """Decode points whose caches together hold more tokens than this are left out of a campaign on one GPU."""
 
