@@ -30,6 +30,7 @@ STREAM_POOL_BYTES = 128 << 20
 """Weights to stream before a CPU op: more than a last-level cache holds."""
 STREAM_WIDTH = 512
 GRAPH_BELOW_S = 300e-6
+"""Timed once, an op of several kernels holds their launches too: below this it is replayed from a graph (assumed)."""
 GRAPH_CALLS = 20
 
 
