@@ -135,7 +135,10 @@ def _two_products(
         scores = scores.masked_fill(~visible[:, :, None], -torch.inf)
     if variant.kind == "topk" and variant.topk < scores.shape[-1]:
         scores = keep_topk(scores, variant.topk, share_heads=variant.share_heads)
-    probabilities = scores.softmax(-1, dtype=torch.float32).to(q_BQnD.dtype)
+    if scores.device.type == "cpu":
+        probabilities = scores.softmax(-1, dtype=torch.float32).to(q_BQnD.dtype)
+    else:  # the kernel computes in fp32 and rounds once: the same values in one pass
+        probabilities = scores.softmax(-1)
     return torch.bmm(probabilities.view(B, Q * n, -1), latent_BLD[..., :C])
 
 

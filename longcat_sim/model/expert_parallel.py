@@ -87,8 +87,8 @@ class ExpertParallel:
         """Check that the schedule can be run and that the model holds this rank's experts.
 
         Raises:
-            ScheduleError: an unknown schedule, or one with a cycle or a missing segment.
-            ModelError: ranks that do not divide the experts, other experts held, or a schedule in parts.
+            ScheduleError: an unknown schedule, one in parts, or one with a cycle or a missing segment.
+            ModelError: ranks that do not divide the experts, or other experts held.
         """
         self.model, self.group, self.link = model, group, link
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -112,11 +112,8 @@ class ExpertParallel:
     def follow(self, how: str | Schedule) -> None:
         """Change the schedule."""
         self.schedule = schedule(how, "longcat") if isinstance(how, str) else how
-        if self.schedule.parts != 1:
-            raise ModelError(f"overlap: expected a schedule of one part, such as sbo; got {self.schedule.name}")
-        self._order = [segment for segment, _ in self.schedule.launch_order()]
-        self._waits = {at[0]: {other[0] for other in needs} for at, needs in self.schedule.dependencies().items()}
-        self._lane = {segment: lane for lane, segment, _ in self.schedule.entries()}
+        self._launches = self.schedule.launches()
+        self._lane = {launch.segment: launch.lane for launch in self._launches}
 
     def __enter__(self) -> ExpertParallel:
         self.model.layer_runner = self.run_layer
@@ -133,8 +130,8 @@ class ExpertParallel:
         """Return the layer's output [T, H], its segments launched in the schedule's order."""
         state, pending = LayerState(x_TH), dict[str, Pending]()
         only_talk = self.mode == "communication"
-        for segment in self._order:
-            for needed in self._waits[segment]:
+        for segment, _, waits in self._launches:
+            for needed in waits:
                 if needed in pending:
                     self._finish(pending.pop(needed))
             start_s = time.perf_counter()

@@ -72,7 +72,7 @@ class Experts(nn.Module):
         counts = rows.counts
         if isinstance(counts, Tensor):
             if x_TH.dtype == torch.bfloat16:
-                return self._grouped(x_TH, rows, counts, out_TH)
+                return self._grouped(x_TH, rows, out_TH)
             counts = counts.tolist()  # the library's grouped product is for bf16; one wait per layer otherwise
         return self._expert_by_expert(x_TH, rows, counts, out_TH)
 
@@ -94,15 +94,36 @@ class Experts(nn.Module):
             start = stop
         return out_TH
 
-    def _grouped(self, x_TH: Tensor, rows: Rows, counts_E: Tensor, out_TH: Tensor) -> Tensor:
+    def _grouped(self, x_TH: Tensor, rows: Rows, out_TH: Tensor) -> Tensor:
         """Run all experts by the library's grouped product, with the group ends on the device."""
-        ends_E = counts_E.cumsum(0).to(torch.int32)
-        inner = swiglu(F.grouped_mm(x_TH[rows.token_N], self.gate_up.transpose(1, 2), offs=ends_E))
-        out_NH = F.grouped_mm(inner, self.down.transpose(1, 2), offs=ends_E)
-        # Rows after the last group belong to zero-computation experts; the product leaves them unwritten.
-        computed = torch.arange(len(out_NH), device=out_NH.device) < ends_E[-1]
-        out_NH = torch.where(computed[:, None], out_NH * rows.weight_N[:, None].to(out_NH.dtype), 0)
-        return out_TH.index_add_(0, rows.token_N, out_NH)
+        ends_E = row_ends(rows)
+        return scatter_rows(self.products(gather_rows(x_TH, rows), ends_E), rows, ends_E, out_TH)
+
+    def products(self, x_NH: Tensor, ends_E: Tensor) -> Tensor:
+        """Return the outputs [N, H] of rows in order of expert, ended by ``ends_E``; those after it are undefined."""
+        inner = swiglu(F.grouped_mm(x_NH, self.gate_up.transpose(1, 2), offs=ends_E))
+        return F.grouped_mm(inner, self.down.transpose(1, 2), offs=ends_E)
+
+
+def row_ends(rows: Rows) -> Tensor:
+    """Return where each expert's rows end [E], int32 on the device that counted them."""
+    assert isinstance(rows.counts, Tensor)
+    return rows.counts.cumsum(0).to(torch.int32)
+
+
+def gather_rows(x_TH: Tensor, rows: Rows) -> Tensor:
+    """Return the token of each row [N, H]."""
+    return x_TH.index_select(0, rows.token_N)
+
+
+def scatter_rows(out_NH: Tensor, rows: Rows, ends_E: Tensor, out_TH: Tensor) -> Tensor:
+    """Add each computed row, times its gate, to its token in ``out_TH`` and return it.
+
+    Rows after the last group belong to zero-computation experts; the products leave them unwritten.
+    """
+    computed = torch.arange(len(out_NH), device=out_NH.device) < ends_E[-1]
+    out_NH = torch.where(computed[:, None], out_NH * rows.weight_N[:, None].to(out_NH.dtype), 0)
+    return out_TH.index_add_(0, rows.token_N, out_NH)
 
 
 def expert_in(x_TH: Tensor, token_N: Tensor, gate_up: Tensor, weight_N1: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from longcat_sim.specs.deployment import Deployment
 from longcat_sim.specs.model import ModelSpec
 
 Ops = tuple[OpShape, ...]
-PASSES = ("silu", "rope", "concat", "write", "add", "cast")
-"""Variants of elementwise: on a CPU they differ by more than their bytes."""
+PASSES = ("silu", "rope", "concat", "write", "add", "cast", "zero")
+"""Variants of elementwise: as a framework runs them they differ by more than their bytes."""
 
 
 WIDE_ROWS = 32

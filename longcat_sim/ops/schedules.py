@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
+from typing import NamedTuple
 
 from longcat_sim.errors import ScheduleError
 
@@ -57,6 +58,15 @@ COMMUNICATION = frozenset({"dispatch", "combine"})
 
 At = tuple[str, int]  # (segment, part)
 AtLayer = tuple[int, str, int]  # (layer, segment, part)
+
+
+class Launch(NamedTuple):
+    """One segment as the executable model launches it."""
+
+    segment: str
+    lane: str
+    waits: frozenset[str]
+    """Segments that end before it starts."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,18 @@ class Schedule:
             order.append(at)
             sorter.done(at)
         return order
+
+    def launches(self) -> list[Launch]:
+        """Return the segments of a schedule of one part in an order in which they can be launched.
+
+        Raises:
+            ScheduleError: as ``launch_order``, or a schedule that cuts a layer in parts.
+        """
+        if self.parts != 1:
+            raise ScheduleError(f"overlap: expected a schedule of one part, such as sbo; got {self.name}")
+        lane_of = {segment: lane for lane, segment, _ in self.entries()}
+        waits = {at[0]: frozenset(other[0] for other in needs) for at, needs in self.dependencies().items()}
+        return [Launch(segment, lane_of[segment], waits[segment]) for segment, _ in self.launch_order()]
 
     def check(self) -> None:
         """Raise ScheduleError, with every fault, unless each segment stands once for each part and nothing cycles."""

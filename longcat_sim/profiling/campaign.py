@@ -36,7 +36,7 @@ from longcat_sim.profiling.profile import (
     pick_device,
     profile,
 )
-from longcat_sim.profiling.steps import POINTS, measure_steps
+from longcat_sim.profiling.steps import POINTS, measure_exchanges, measure_steps
 from longcat_sim.profiling.streams import measure_streams
 from longcat_sim.profiling.suites import ALL_SUITES, FULL, SMALL, Grid
 from longcat_sim.profiling.timing import first_line
@@ -45,15 +45,17 @@ from longcat_sim.specs.model import model_spec
 
 Plan = tuple[tuple[str, str, float], ...]
 GPU_PLAN: Plan = (
-    ("decode", "longcat-flash", 0.20),
-    ("experts", "longcat-1layer-32e", 0.15),
-    ("prefill", "longcat-flash", 0.10),
-    ("small-ops", "longcat-flash", 0.10),
-    ("sparse", "longcat-flash", 0.05),
-    ("decode", "deepseek-v3", 0.12),
-    ("prefill", "deepseek-v3", 0.05),
-    ("model-step", "longcat-1layer-32e", 0.15),
-    ("contention", "longcat-1layer-32e", 0.08),
+    ("decode", "longcat-flash", 0.22),
+    ("experts", "longcat-1layer-32e", 0.10),
+    ("prefill", "longcat-flash", 0.06),
+    ("small-ops", "longcat-1layer-32e", 0.12),
+    ("model-step", "longcat-1layer-32e", 0.08),
+    ("overlap", "longcat-1layer-32e", 0.08),
+    ("contention", "longcat-1layer-32e", 0.06),
+    ("sparse", "longcat-flash", 0.08),
+    ("small-ops", "longcat-flash", 0.04),
+    ("decode", "deepseek-v3", 0.16),
+    ("prefill", "deepseek-v3", 0.04),
 )
 """(suite, model, share of the time), in order of value."""
 CPU_PLAN: Plan = (
@@ -127,9 +129,10 @@ class _Campaign:
         for index, (suite, name, share) in enumerate(plan):
             left = budget_s - (time.monotonic() - begin)
             box = max(0.0, left) * share / sum(part for _, _, part in plan[index:])
-            measure = {"model-step": self._steps, "collectives": self._ranks, "contention": self._ranks}.get(
-                suite, self._ops
-            )
+            measure = {
+                "model-step": self._steps, "overlap": self._steps, "collectives": self._ranks,
+                "contention": self._ranks,
+            }.get(suite, self._ops)  # fmt: skip
             try:
                 measure(suite, name, box)
             except (RuntimeError, MeasurementError) as error:  # out of memory, or what this place cannot do
@@ -160,15 +163,20 @@ class _Campaign:
         self.result.failed |= found.failed
 
     def _steps(self, suite: str, name: str, box_s: float) -> None:
-        if any(step.model == name for step in self.steps):
+        exchanged = suite == "overlap"
+        if any(step.model == name and bool(step.overlap) == exchanged for step in self.steps):
             return
         if box_s <= 0:
             self.result.dropped_suites.append(suite)
             return
+        if exchanged and not self.on_gpu:
+            raise MeasurementError("needs a GPU with two streams")
         dtype = torch.bfloat16 if self.on_gpu else torch.float32
         model = LongcatFlash(model_spec(name), device=self.place, dtype=dtype, seed=0)
-        points = GPU_STEPS if self.on_gpu else POINTS[:5]
-        self.steps += measure_steps(model, name, points, budget_s=box_s)
+        if exchanged:
+            self.steps += measure_exchanges(model, name, budget_s=box_s)
+        else:
+            self.steps += measure_steps(model, name, GPU_STEPS if self.on_gpu else POINTS[:5], budget_s=box_s)
 
     def _ranks(self, suite: str, name: str, box_s: float) -> None:
         """Measure between the ranks that there are, or gloo ranks of its own on a CPU; contention within the device."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count as count_from
 from itertools import cycle
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,13 @@ from longcat_sim.model.cache import LatentCache
 from longcat_sim.model.layers import RMSNorm, rotate, swiglu
 from longcat_sim.model.longcat import ABSORBED, LongcatFlash
 from longcat_sim.model.sparse import Rows, attend, index_scores
-from longcat_sim.ops.op import Op
+from longcat_sim.ops.op import EXCHANGE_SMS, Op
 from longcat_sim.profiling.timing import Run
 from longcat_sim.specs.model import ModelSpec
 
-POOL_BYTES = 256 << 20
-"""Weights are cut from a pool of this size in turn: more than a last-level cache holds."""
+POOL_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
+"""Weights are cut from a pool of this size in turn: more than a last-level cache holds, several times over where one
+weight fills much of it."""
 STRIDE_BYTES = 40 << 20
 """Each op starts this much further on, where the ops before it have not just read. Without it decode steps of one
 sequence came out at a quarter of their time."""
@@ -62,7 +64,7 @@ class Place:
     def copies(self, *shape: int) -> Iterator[Tensor]:
         """Return an endless turn through tensors of ``shape`` that together outgrow a cache: views of one pool."""
         size = math.prod(shape)
-        pool = _pool(self.device, self.dtype, max(POOL_BYTES // self.dtype.itemsize, size))
+        pool = _pool(self.device, self.dtype, max(POOL_BYTES[self.device.type] // self.dtype.itemsize, size))
         count = max(1, len(pool) // size)
         first = next(_starts) * (STRIDE_BYTES // self.dtype.itemsize) // size
         order = [(first + at) % count for at in range(min(count, 512))]
@@ -94,15 +96,17 @@ def _layer_of(weight: Tensor) -> nn.Linear:
 
 
 def gemm(op: Op, spec: ModelSpec, place: Place) -> Timed:
-    """Return a linear layer without bias; in fp8 the library's scaled product (one scale a tensor) with bf16 output."""
+    """Return a linear layer without bias; in fp8 the library's scaled product with bf16 output, one scale a tensor and
+    sums in the tensor cores' own precision, as inference libraries do."""
     m, n, k = _size(op, "m"), _size(op, "n"), _size(op, "k")
     if op.dtype != "fp8":
         return Timed(_linear(place, m, n, k))
     x, one = place.values(m, k).to(torch.float8_e4m3fn), torch.ones(1, device=place.device)
-    count = min(FP8_COPIES, max(1, POOL_BYTES // (n * k)))
+    count = min(FP8_COPIES, max(1, POOL_BYTES["cuda"] // (n * k)))
     weights = cycle([place.values(n, k).to(torch.float8_e4m3fn).t() for _ in range(count)])
     tensorwise = F.ScalingType.TensorWise
-    return Timed(lambda: F.scaled_mm(x, next(weights), one, tensorwise, one, tensorwise, output_dtype=torch.bfloat16))
+    kinds: dict[str, Any] = {"output_dtype": torch.bfloat16, "use_fast_accum": True}
+    return Timed(lambda: F.scaled_mm(x, next(weights), one, tensorwise, one, tensorwise, **kinds))
 
 
 def bmm(op: Op, spec: ModelSpec, place: Place) -> Timed:
@@ -161,7 +165,7 @@ def _mla(spec: ModelSpec, place: Place) -> MLA:
 
 
 def mla_decode(op: Op, spec: ModelSpec, place: Place) -> Timed:
-    """Return the absorbed core less its two absorption products."""
+    """Return the absorbed core less its two absorption products and the copy that joins queries and rope parts."""
     batch, queries, context = (_size(op, name) for name in ("batch", "queries", "context"))
     mla, rows = _mla(spec, place), batch * queries
     q = place.values(batch, queries, spec.num_attention_heads, spec.qk_head_dim)
@@ -177,12 +181,14 @@ def mla_decode(op: Op, spec: ModelSpec, place: Place) -> Timed:
     nope = spec.qk_nope_head_dim
     q_nTD = q[..., :nope].reshape(rows, heads, nope).transpose(0, 1)
     context_nTC = place.values(rows, heads, latent).transpose(0, 1)
-    variant = AttentionVariant()
+    variant, rope = AttentionVariant(), q[..., nope:].reshape(rows, heads, -1)
+    absorbed = place.values(heads, rows, latent).transpose(0, 1)
     return Timed(
         lambda: mla.absorbed_core(q, next(latents), visible, variant),
         (
             lambda: torch.bmm(q_nTD, up[:, :nope]),
             lambda: torch.bmm(context_nTC, up[:, nope:].transpose(1, 2)),
+            lambda: torch.cat([absorbed, rope], dim=-1),
         ),
     )
 
@@ -208,9 +214,15 @@ def _concat_keys(spec: ModelSpec, place: Place, rows: int) -> Run:
 
 
 def norm(op: Op, spec: ModelSpec, place: Place) -> Timed:
-    """Return the norm; the variant ``residual`` has the add in front of it, which GPU engines fuse."""
+    """Return the norm; the variant ``residual`` has the add in front of it, which GPU engines fuse.
+
+    The norms of latents read columns of a wider product and scale by a gain, as in ``MLA.project``.
+    """
     rows, width = _size(op, "rows"), _size(op, "width")
     layer = RMSNorm(width, 1e-5, device=place.device, dtype=place.dtype)
+    if spec.is_mla and width in (spec.q_lora_rank, spec.kv_lora_rank):
+        wide = place.values(rows, spec.q_lora_rank + spec.kv_lora_rank + spec.qk_rope_head_dim)
+        return Timed(lambda: layer(wide[:, :width], 0.5))
     x, y = place.values(rows, width), place.values(rows, width)
     if op.variant == "residual":
         return Timed(lambda: layer(x + y))
@@ -250,8 +262,18 @@ def elementwise(op: Op, spec: ModelSpec, place: Place) -> Timed:
         case "add":  # the layer's last sum; its other adds ride with the norms
             left, right = place.values(rows, width), place.values(rows, width)
             return Timed(lambda: left + right)
+        case "zero":
+            x, routing = place.values(rows, width), _random_routing(rows, spec, place.device)
+            return Timed(lambda: moe.zero_experts(x, routing, spec.n_routed_experts))
     x, gate = place.values(rows, width), place.values(rows, 1)
     return Timed(lambda: x * gate)
+
+
+def _random_routing(tokens: int, spec: ModelSpec, device: torch.device) -> moe.Routing:
+    """Return the choice of other experts, at random, for each token."""
+    choices = spec.n_routed_experts + spec.zero_expert_num
+    chosen = torch.rand(tokens, choices, device=device).topk(min(spec.moe_topk, choices), -1)
+    return moe.Routing(chosen.values, chosen.indices)
 
 
 def router(op: Op, spec: ModelSpec, place: Place) -> Timed:
@@ -259,7 +281,8 @@ def router(op: Op, spec: ModelSpec, place: Place) -> Timed:
     tokens = _size(op, "tokens")
     layer = moe.Router(spec, device=place.device)
     layer.weight.data.normal_(0, 0.02)
-    tokens_TH = place.copies(tokens, spec.hidden_size)  # what sorts must meet new values (see ``topk``)
+    fp32 = Place(place.device, torch.float32)  # the cast is an op of its own
+    tokens_TH = fp32.copies(tokens, spec.hidden_size)  # what sorts must meet new values (see ``topk``)
     experts = spec.n_routed_experts
 
     def run() -> None:
@@ -270,16 +293,19 @@ def router(op: Op, spec: ModelSpec, place: Place) -> Timed:
 
 
 def permute(op: Op, spec: ModelSpec, place: Place) -> Timed:
-    """Return one gather of rows to experts and one scatter back, halved: the graph has both."""
+    """Return the gather of rows to experts and the scatter back, halved: the graph has both. A GPU's code alone: rows
+    of zero-computation experts go along, for the host never learns how many there are (see ``suites.step_ops``)."""
     rows, width = _size(op, "rows"), _size(op, "width")
-    tokens = max(1, round(rows / max(1.0, spec.expected_ffn_experts)))
+    tokens = max(1, round(rows / max(1, spec.moe_topk)))
     x, out = place.values(tokens, width), place.values(tokens, width)
-    at = torch.arange(rows, device=place.device) % tokens
-    moved = place.values(rows, width)
+    sorted_rows = moe.sort_rows(_random_routing(tokens, spec, place.device), spec.n_routed_experts)
+    sorted_rows = sorted_rows._replace(counts=torch.as_tensor(sorted_rows.counts, device=place.device))
+    moved = place.values(len(sorted_rows.token_N), width)
 
     def run() -> None:
-        x.index_select(0, at)
-        out.index_add_(0, at, moved)
+        ends = moe.row_ends(sorted_rows)
+        moe.gather_rows(x, sorted_rows)
+        moe.scatter_rows(moved, sorted_rows, ends, out)
 
     return Timed(run, divide=2)
 
@@ -331,8 +357,8 @@ def embedding(op: Op, spec: ModelSpec, place: Place) -> Timed:
 
 def sampling(op: Op, spec: ModelSpec, place: Place) -> Timed:
     """Return the greedy choice."""
-    logits = torch.randn(_size(op, "rows"), _size(op, "vocab"), device=place.device)
-    return Timed(lambda: logits.argmax(-1))
+    logits = place.values(_size(op, "rows"), _size(op, "vocab"))
+    return Timed(lambda: logits.float().argmax(-1))
 
 
 def host(op: Op, spec: ModelSpec, place: Place) -> Timed:
@@ -348,6 +374,21 @@ def host(op: Op, spec: ModelSpec, place: Place) -> Timed:
             model.step(8, 1, cache, None, ABSORBED, grow=False)
 
     return Timed(run)
+
+
+def dispatch(op: Op, spec: ModelSpec, place: Place) -> Timed:
+    """Return an exchange that loops back on a GPU: a copy of the message by as many SMs as an exchange's kernels take.
+
+    Raises:
+        RuntimeError: no Triton here.
+    """
+    try:
+        from longcat_sim.model.few_sms import copy_by_few
+    except ImportError as error:
+        raise RuntimeError(f"exchanges by few SMs need Triton: {error}") from None
+    rows = place.values(max(4, round(op["message_bytes"] / place.dtype.itemsize)))
+    moved = torch.empty_like(rows)
+    return Timed(lambda: copy_by_few(rows, moved, EXCHANGE_SMS))
 
 
 BUILDERS: dict[str, Callable[[Op, ModelSpec, Place], Timed]] = {
@@ -366,5 +407,6 @@ BUILDERS: dict[str, Callable[[Op, ModelSpec, Place], Timed]] = {
     "embedding": embedding,
     "sampling": sampling,
     "host": host,
+    "dispatch": dispatch,
 }
 """Kind -> builder."""

@@ -32,7 +32,7 @@ Progress = Callable[[str, float, float], None]
 """(what runs, share done, seconds left)."""
 ROUNDS = 3
 EXTRA_ROUNDS = 2
-POINT_S = 0.03
+POINT_S = {"cpu": 0.03, "cuda": 0.01}
 """Seconds of samples per point and round where the time box allows."""
 CPU_DTYPE, CUDA_DTYPE = "fp32", "bf16"
 
@@ -157,7 +157,7 @@ class _Run:
         self, place: Place, spec: ModelSpec, budget_s: float, progress: Progress | None, out: str | Path | None
     ) -> None:
         self.place, self.spec, self.budget_s, self.progress, self.out = place, spec, budget_s, progress, out
-        self.clock = Clock(place.device)
+        self.clock, self.point_s = Clock(place.device), POINT_S[place.device.type]
         self.start = time.monotonic()
         self.dtype = CPU_DTYPE
         self.result = Profiled(here(place.device))
@@ -184,7 +184,7 @@ class _Run:
                 if self._left() <= 0 and not (number == 0 and index == 0):
                     break
                 share = self._left() / max(1, total - number * len(points) - index)
-                self._take(item, samples[item], min(POINT_S, share / 2))
+                self._take(item, samples[item], min(self.point_s, share / 2))
                 self._tell(suite, item, (number * len(points) + index + 1) / total)
             self._store(points, samples, kept)
         for _ in range(EXTRA_ROUNDS):
@@ -196,7 +196,7 @@ class _Run:
             for suite, item in shaky:
                 if self._left() <= 0:
                     break
-                self._take(item, samples[item], POINT_S)
+                self._take(item, samples[item], self.point_s)
                 self._tell(suite, item, 1.0)
         self._store(points, samples, kept)
         self.result.dropped = [

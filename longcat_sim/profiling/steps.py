@@ -1,16 +1,23 @@
-"""Time whole steps of the executable model: what predictions are compared with, and what no fit sees."""
+"""Time whole steps of the executable model: what predictions are compared with, and what no fit sees.
+
+A CPU's step holds the host's work before it (positions, places in the cache); a GPU's is replayed from a CUDA graph,
+as engines do, with that work done before.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from longcat_sim.model.cache import LatentCache
-from longcat_sim.model.longcat import LongcatFlash
-from longcat_sim.profiling.timing import Clock, Samples
+from longcat_sim.model.layer import Step
+from longcat_sim.model.longcat import ABSORBED, LongcatFlash
+from longcat_sim.profiling.timing import Clock, Run, Samples
 from longcat_sim.records.measurement import StepMeasurement
 from longcat_sim.records.routing import RoutingTrace
 
@@ -21,6 +28,13 @@ POINTS: tuple[Point, ...] = (
     ("prefill", 1, 48), ("prefill", 1, 200), ("prefill", 2, 160), ("decode", 8, 900), ("prefill", 3, 128),
 )  # fmt: skip
 """Between the sizes that the small suites measure."""
+Exchanged = tuple[int, int, int]
+"""(sequences, context, SMs of the exchange) of a decode step of one layer with exchanges that loop back."""
+EXCHANGED: tuple[Exchanged, ...] = (
+    (128, 1000, 1), (128, 1000, 2), (128, 1000, 4), (128, 1000, 16), (64, 2000, 1), (64, 2000, 4), (256, 500, 2),
+    (256, 500, 8),
+)  # fmt: skip
+"""From an exchange that takes longer than the dense part beside it to one that takes a fifth of it."""
 ROUNDS = 3
 
 
@@ -28,58 +42,116 @@ def measure_steps(
     model: LongcatFlash, name: str, points: Sequence[Point] = POINTS, *, budget_s: float = 20.0
 ) -> list[StepMeasurement]:
     """Return the time of each step, in rounds over all points; the experts' loads are recorded beside."""
-    clock = Clock(model.device)
-    samples: list[list[list[float]]] = [[] for _ in points]
-    threads = torch.get_num_threads()
-    if model.device.type == "cpu":
-        torch.set_num_threads(1)
+    with torch.inference_mode():
+        runs = [_prepared(model, point) for point in points]
+        rounds = _sampled(model.device, [run for run, _ in runs], budget_s)
+    return [
+        _step(name, point, samples, load) for point, samples, (_, load) in zip(points, rounds, runs, strict=True)
+    ]  # fmt: skip
+
+
+def measure_exchanges(
+    model: LongcatFlash, name: str, points: Sequence[Exchanged] = EXCHANGED, *, budget_s: float = 20.0
+) -> list[StepMeasurement]:
+    """Return decode steps of a GPU whose exchanges loop back, under ``none`` and ``sbo``, without the output
+    projection; the exchange's own time is measured in the same rounds.
+
+    Raises:
+        RuntimeError: no Triton here.
+    """
     try:
-        with torch.inference_mode():
-            runs = [(point, *_prepared(model, point)) for point in points]
-            for _ in range(ROUNDS):
-                for index, (_, run, _) in enumerate(runs):
-                    samples[index].append(clock.sample(run, budget_s / (ROUNDS * len(points)), at_least=2, at_most=20))
-    finally:
-        torch.set_num_threads(threads)
+        from longcat_sim.model.few_sms import copy_by_few
+        from longcat_sim.model.loop_back import LoopBack
+    except ImportError as error:
+        raise RuntimeError(f"exchanges by few SMs need Triton: {error}") from None
     found = []
-    for (phase, sequences, size), rounds, (_, _, load) in zip(points, samples, runs, strict=True):
-        p10, median, p90 = Samples(rounds).quantiles()
-        decode = phase == "decode"
-        found.append(
-            StepMeasurement(
-                model=name, phase=phase, sequences=sequences, queries=1 if decode else size,
-                context=size + 1 if decode else size, median_s=median, p10_s=p10, p90_s=p90,
-                count=sum(map(len, rounds)), block_s=tuple(float(np.quantile(part, 0.1)) for part in rounds),
-                received=load[0], active=load[1],
-            )
-        )  # fmt: skip
+    with torch.inference_mode():
+        for sequences, context, sms in points:
+            tokens, planned, load = _planned(model, ("decode", sequences, context))
+            step = planned()
+            rows = torch.randn(sequences * model.spec.moe_topk, model.spec.hidden_size, device=model.device)
+            rows = rows.to(model.dtype)
+            loops = [LoopBack(model, mode, sms) for mode in ("none", "sbo")]
+            runs = [partial(copy_by_few, rows, torch.empty_like(rows), sms)]
+            runs += [partial(_through, loop, model, tokens, step) for loop in loops]
+            alone, *both = _sampled(model.device, runs, budget_s / len(points))
+            exchange: dict[str, Any] = {"exchange_s": Samples(alone).quantiles()[1], "exchange_sms": sms}
+            exchange["exchange_bytes"] = float(rows.nbytes)
+            for loop, samples in zip(loops, both, strict=True):
+                one = _step(name, ("decode", sequences, context), samples, load)
+                found.append(replace(one, overlap=loop.schedule.name, **exchange))
     return found
 
 
-def _prepared(model: LongcatFlash, point: Point) -> tuple[Any, tuple[float, float]]:
-    """Return the step as a callable that leaves the cache as it was, and (received, active) of its experts."""
+def _through(loop: Any, model: LongcatFlash, tokens: torch.Tensor, step: Step) -> None:
+    with loop:
+        model.run_layers(tokens, step)
+
+
+def _sampled(device: torch.device, runs: Sequence[Run], budget_s: float) -> list[list[list[float]]]:
+    """Return the seconds of each run, a list per round; all runs once in each round, one thread on a CPU."""
+    clock = Clock(device)
+    samples: list[list[list[float]]] = [[] for _ in runs]
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        for _ in range(ROUNDS):
+            for index, run in enumerate(runs):
+                samples[index].append(clock.sample(run, budget_s / (ROUNDS * len(runs)), at_least=2, at_most=20))
+    finally:
+        torch.set_num_threads(threads)
+    return samples
+
+
+def _step(name: str, point: Point, rounds: list[list[float]], load: tuple[float, float]) -> StepMeasurement:
     phase, sequences, size = point
-    spec = model.spec
+    p10, median, p90 = Samples(rounds).quantiles()
+    decode = phase == "decode"
+    return StepMeasurement(
+        model=name, phase=phase, sequences=sequences, queries=1 if decode else size,
+        context=size + 1 if decode else size, median_s=median, p10_s=p10, p90_s=p90,
+        count=sum(map(len, rounds)), block_s=tuple(float(np.quantile(part, 0.1)) for part in rounds),
+        received=load[0], active=load[1],
+    )  # fmt: skip
+
+
+def _prepared(model: LongcatFlash, point: Point) -> tuple[Run, tuple[float, float]]:
+    """Return the whole step as a callable that leaves the cache as it was, and (received, active) of its experts."""
+    tokens, planned, load = _planned(model, point)
+
+    def compute(step: Step) -> None:
+        hidden_TH = model.run_layers(tokens, step)
+        last_TH = hidden_TH if point[0] == "decode" else hidden_TH.view(*tokens.shape, -1)[:, -1]
+        model.head(last_TH).float().argmax(-1)
+
+    if model.device.type == "cpu":
+        return lambda: compute(planned()), load
+    return partial(compute, planned()), load
+
+
+def _planned(model: LongcatFlash, point: Point) -> tuple[torch.Tensor, Callable[[], Step], tuple[float, float]]:
+    """Return the new tokens, what plans the step (and leaves the cache as it was), and its experts' load."""
+    phase, sequences, size = point
     generator = torch.Generator().manual_seed(sequences * 100003 + size)
-    tokens = torch.randint(spec.vocab_size, (sequences, size), generator=generator).to(model.device)
-    cache = LatentCache(spec, num_sequences=sequences, max_tokens=size + 1, device=model.device, dtype=model.dtype)
-    one = tokens[:, :1]
-    with torch.inference_mode():
-        if phase == "decode":
-            for start in range(0, size, 512):
-                model.prefill(tokens[:, start : start + 512], cache)
+    tokens = torch.randint(model.spec.vocab_size, (sequences, size), generator=generator).to(model.device)
+    place: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
+    cache = LatentCache(model.spec, num_sequences=sequences, max_tokens=size + 1, **place)
+    variant, before = None, 0
+    if phase == "decode":
+        tokens, variant, before = tokens[:, :1], ABSORBED, size
+        cache.pool.normal_(0.0, 0.1)
+        cache.lengths = [size] * sequences
 
-        def run() -> None:
-            if phase == "decode":
-                model.decode(one, cache)
-            else:
-                model.prefill(tokens, cache)
-            for slot in range(sequences):
-                cache.truncate(slot, size if phase == "decode" else 0)
+    def planned() -> Step:
+        step = model.step(len(tokens), tokens.shape[1], cache, None, variant)
+        for slot in range(sequences):
+            cache.truncate(slot, before)
+        return step
 
-        with model.record_routing() as trace:
-            run()
-        return run, _load(trace())
+    with model.record_routing() as trace:
+        model.run_layers(tokens, planned())
+    return tokens, planned, _load(trace())
 
 
 def _load(trace: RoutingTrace) -> tuple[float, float]:

@@ -28,14 +28,14 @@ ROUNDS, REPEATS = 3, 4
 SIDE_S = {"cuda": 2e-3, "cpu": 8e-3}
 """Seconds that each side's calls take alone, by device."""
 MOST_CALLS = 200
+LOOP_BACK, EXCHANGED_BYTES = "loop_back", 128 << 20
 HEAD_START_CYCLES, MOST_CYCLES = 20_000_000, 320_000_000
 """For how long a GPU waits while the host fills both streams: about 10 ms, and 160 ms where the host is slow."""
 
 
 def stream_pairs(spec: ModelSpec, place: Place, dtype: str) -> list[tuple[Op, Op]]:
-    """Return (op of a decode step, its neighbour): a pass that fills the memory bus, and a product that fills the SMs.
-
-    Passes stand for copies and for the kernels of an exchange, which move bytes and compute nothing.
+    """Return (op of a decode step, its neighbour): a pass that fills the memory bus, a product that fills the SMs, and
+    on a GPU an exchange that loops back by few SMs.
     """
     large = place.device.type == "cuda"
     found = step_ops(spec, "decode", 64 if large else 8, 1, 4096 if large else 256, dtype)
@@ -44,7 +44,11 @@ def stream_pairs(spec: ModelSpec, place: Place, dtype: str) -> list[tuple[Op, Op
     rows, side = (16384, 4096) if large else (2048, 1024)
     pass_over = op("elementwise", dtype=dtype, rows=rows, width=side, inputs=1)
     product = op("gemm", dtype=dtype, m=rows // 4, n=side, k=side)
-    return [(item, beside) for item in work if item is not None for beside in (pass_over, product)]
+    neighbours = [pass_over, product]
+    if large:
+        sent = op("dispatch", dtype=dtype, variant=LOOP_BACK, message_bytes=EXCHANGED_BYTES, ranks=1)
+        neighbours.insert(0, sent)
+    return [(item, beside) for item in work if item is not None for beside in neighbours]
 
 
 def measure_streams(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from longcat_sim.ops.attention import StepSize
 from longcat_sim.ops.graph import LayerLoad, step_graph
 from longcat_sim.ops.op import Op, op
+from longcat_sim.ops.shape import OpShape
 from longcat_sim.profiling.kernels import BUILDERS
 from longcat_sim.specs.deployment import Deployment
 from longcat_sim.specs.model import ModelSpec
@@ -23,8 +25,9 @@ SUITES: dict[str, tuple[str, ...]] = {
     "sparse": ("topk", "indexer", "sparse_mla"),
 }
 """Suite -> kinds of op, in order of value."""
-ALL_SUITES = (*SUITES, "collectives", "contention", "model-step")
-"""Those, and what is not a grid of ops: between ranks, of ops side by side, of whole steps."""
+ALL_SUITES = (*SUITES, "collectives", "contention", "model-step", "overlap")
+"""Those, and what is not a grid of ops: between ranks, of ops side by side, of whole steps, and of steps whose
+exchanges loop back on a second stream of a GPU."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class Grid:
     sparse_batches: tuple[int, ...] = (1, 8)
     indexed: tuple[int, ...] = (1024, 4096, 16384)
     selected: tuple[int, ...] = (256, 1024, 2048)
+    experts: tuple[int, ...] = ()
+    """Experts with rows: grouped products beyond those of the steps, for ranks that hold fewer."""
+    expert_rows: tuple[int, ...] = ()
 
 
 SMALL = Grid(
@@ -63,21 +69,30 @@ DENSE = Grid(
 """For a CPU that is to be fitted well: `profile`'s."""
 FULL = Grid(
     decode=tuple(
-        (batch, context) for batch in (1, 2, 4, 8, 16, 32, 64, 128, 256) for context in (256, 1024, 4096, 16384)
+        (batch, context)
+        for batch in (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+        for context in (256, 512, 1024, 2048, 4096, 8192, 16384)
     ),
-    prefill=tuple(
-        (batch, prompt) for batch, prompt in ((1, 128), (1, 512), (1, 2048), (4, 1024), (1, 8192), (2, 4096))
+    prefill=(
+        *((1, prompt) for prompt in (128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)),
+        *((2, prompt) for prompt in (256, 512, 1024, 1536, 2048, 4096)),
+        *((4, prompt) for prompt in (128, 256, 512, 1024, 2048)),
+        *((8, prompt) for prompt in (128, 256, 512, 1024)),
     ),
     topk_rows=(1, 8, 64, 256),
     topk_scores=(4096, 16384, 65536, 131072),
     topk_kept=(512, 2048),
-    sparse_batches=(1, 8, 64),
-    indexed=(4096, 16384, 65536, 131072),
+    sparse_batches=(1, 4, 16, 64),
+    indexed=(4096, 8192, 16384, 32768, 65536, 131072),
     selected=(512, 1024, 2048),
+    experts=(4, 8, 16, 32),
+    expert_rows=(32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384),
 )
 """For a GPU: the campaign's."""
 RIDING = frozenset({"permute", "unpermute", "experts silu"})
-"""Steps of the experts that the CPU's expert-by-expert code does inside its products (see ``kernels.grouped_gemm``)."""
+"""Steps of the experts that the CPU's expert-by-expert code does inside its products (see ``kernels.grouped_gemm``). A
+GPU's takes all token copies through them, those of zero-computation experts too: the host does not wait to learn how
+many there are."""
 MOST_SEQUENCES = 4
 """Of the decode step whose weights pass between two ops. More would throw the op's own rows, which a step has just
 written, out of the caches too: norms of 12 rows then took twice as long as in a step."""
@@ -109,8 +124,19 @@ def step_ops(
     found: list[Op] = []
     for block in step_graph(spec, deployment, size, load or load_of(spec, sequences * queries)):
         shapes = [shape for part in block.parts for segment in part.values() for shape in segment]
-        ops = [shape.typical() for shape in shapes if dtype != "fp32" or shape.name not in RIDING]
-        found += [_in_dtype(item, dtype) for item in ops] * block.count
+        found += own_ops(spec, shapes, sequences * queries, dtype) * block.count
+    return found
+
+
+def own_ops(spec: ModelSpec, shapes: Iterable[OpShape], tokens: int, dtype: str) -> list[Op]:
+    """Return the ops that the executable model runs for some of a step's, on one device."""
+    found = []
+    for shape in shapes:
+        if shape.name in RIDING:
+            if dtype == "fp32":
+                continue
+            shape = replace(shape, dims={**shape.dims, "rows": tokens * spec.moe_topk})
+        found.append(_in_dtype(shape.typical(), dtype))
     return found
 
 
@@ -137,11 +163,20 @@ def suite_ops(suite: str, spec: ModelSpec, grid: Grid, dtype: str) -> list[Op]:
         found |= dict.fromkeys(step_ops(spec, "prefill", sequences, prompt, prompt, dtype))
     if "host" in kinds:
         found |= dict.fromkeys(op("host", dtype="fp32", calls=calls) for calls in (1, 2, 4, 8, 16))
+    if "grouped_gemm" in kinds:
+        found |= dict.fromkeys(_grouped_ops(spec, grid, dtype))
     wanted = [item for item in found if item.kind in kinds and item.kind in BUILDERS]
     if dtype == "bf16":  # a GPU's products in fp8 too, where the library takes their sizes
         products = [item for item in wanted if item.kind == "gemm" and not (item["n"] % 16 or item["k"] % 16)]
         wanted += [Op(item.kind, item.sizes, "fp8", item.variant) for item in products]
     return sorted(wanted, key=lambda item: (kinds.index(item.kind), item.memory_bytes + item.flop))
+
+
+def _grouped_ops(spec: ModelSpec, grid: Grid, dtype: str) -> list[Op]:
+    """Return both products of the experts for the grid's numbers of experts and rows."""
+    inner, hidden = spec.expert_ffn_hidden_size, spec.hidden_size
+    sizes = product(grid.experts, grid.expert_rows, ((2 * inner, hidden), (hidden, inner)))
+    return [op("grouped_gemm", dtype=dtype, groups=e, m=rows, n=n, k=k) for e, rows, (n, k) in sizes if rows >= e]
 
 
 def reuse_bytes(spec: ModelSpec, dtype: str, item: Op) -> float:

@@ -5,7 +5,8 @@ every layer. On a CPU that many bytes of weights are multiplied before every sam
 data nor the library's code is nearer than in a step. (Measured: a norm of one row 21 us in a tight loop, about 30 us
 in a step; routing and sort 66 us against 160 us.)
 
-A GPU op that is shorter than its launch is replayed from a CUDA graph. Several rounds over all points, not all
+What a GPU runs is replayed from a CUDA graph, as engines decode: between its kernels is the device's gap, not the
+host's launches. Only what waits for the device is launched call by call. Several rounds over all points, not all
 repetitions of a point at once: the drift of a shared machine then lands on every point alike, and shows as the spread
 between rounds.
 """
@@ -29,9 +30,8 @@ WARM_FROM_S = 2e-3
 STREAM_POOL_BYTES = 128 << 20
 """Weights to stream before a CPU op: more than a last-level cache holds."""
 STREAM_WIDTH = 512
-GRAPH_BELOW_S = 300e-6
-"""Timed once, an op of several kernels holds their launches too: below this it is replayed from a graph (assumed)."""
-GRAPH_CALLS = 20
+GRAPH_S, GRAPH_CALLS = 1e-3, 20
+"""A graph holds as many calls as fill this time, and at most so many."""
 
 
 @dataclass
@@ -99,6 +99,7 @@ class Clock:
         if device.type == "cuda":
             size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
             self._flush = torch.empty(max(size, 1 << 20), dtype=torch.uint8, device=device)
+            self._side, self._memory = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def sample(
         self, run: Run, budget_s: float, *, at_least: int = 3, at_most: int = 50, stream_bytes: float = 0.0
@@ -136,17 +137,31 @@ class Clock:
 
     def _sample_cuda(self, run: Run, budget_s: float, at_least: int, at_most: int) -> list[float]:
         """Time by events; L2 is flushed before every sample."""
-        for _ in range(3):
-            run()
-        torch.cuda.synchronize(self.device)
-        once = self._event(run)
-        calls = 1
-        if once < GRAPH_BELOW_S:
-            graph = _captured(run)
-            if graph is not None:
-                run, calls = graph.replay, GRAPH_CALLS
-        count = int(np.clip(budget_s / max(once * calls * 3, 1e-6), at_least, at_most))
+        if _waits(run):
+            self._event(run)
+            once, calls = self._event(run), 1
+        else:
+            once = self._event(self._captured(run, 1).replay)
+            calls = int(np.clip(GRAPH_S / once, 1, GRAPH_CALLS))
+            run = self._captured(run, calls).replay
+            self._event(run)
+        count = int(np.clip(budget_s / max(once * calls, 1e-6), at_least, at_most))
         return [self._event(run) / calls for _ in range(count)]
+
+    def _captured(self, run: Run, calls: int) -> torch.cuda.CUDAGraph:
+        """Return a graph of ``calls`` calls. All graphs share one pool of memory: one lives at a time."""
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.stream(self._side):  # torch.cuda.graph would give all cached memory back each time
+            run()
+            graph.capture_begin(pool=self._memory)
+            try:
+                for _ in range(calls):
+                    run()
+            finally:
+                graph.capture_end()
+        torch.cuda.synchronize(self.device)
+        return graph
 
     def _event(self, run: Run) -> float:
         assert self._flush is not None
@@ -159,19 +174,20 @@ class Clock:
         return start.elapsed_time(stop) * 1e-3
 
 
-def _captured(run: Run) -> torch.cuda.CUDAGraph | None:
-    """Return a graph of ``GRAPH_CALLS`` calls, or None where the op cannot be captured (it waits for the device)."""
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+def _waits(run: Run) -> bool:
+    """Whether a call makes the host wait for the device, so that no graph can hold it.
+
+    Found before a capture, not by one: a capture that fails leaves the library's random generator unusable.
+    """
+    run()  # builds what only the first call builds
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            for _ in range(GRAPH_CALLS):
-                run()
-        return graph
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return None
+        run()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return False

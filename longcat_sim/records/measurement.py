@@ -127,6 +127,14 @@ class StepMeasurement:
     """Mean token copies that FFN experts of one layer got."""
     active: float = 0.0
     """Mean FFN experts of one layer that got any."""
+    overlap: str = ""
+    """Schedule of a step whose exchanges loop back on the device, without the output projection; "": none run."""
+    exchange_s: float = 0.0
+    """Time of one of its exchanges alone."""
+    exchange_bytes: float = 0.0
+    """Bytes that one exchange copies."""
+    exchange_sms: int = 0
+    """SMs that an exchange runs on."""
 
     @property
     def drift(self) -> float:

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from longcat_sim.ops.op import Op, OpTimesLike
+from longcat_sim.ops.op import EXCHANGE_SMS, Op, OpTimesLike, ResourceShares
 from longcat_sim.records.measurement import Measurement
 from longcat_sim.simulation.contention import SLOWEST, MaxMin, Running
+from longcat_sim.specs.hardware import HardwareSpec
 
 
 class Beside(NamedTuple):
@@ -29,7 +30,9 @@ def rate_beside(alone_s: float, both_s: float, overlapped: float) -> float:
     return max(SLOWEST, (alone_s / both_s - (1.0 - overlapped)) / overlapped)
 
 
-def slowdowns(rows: Iterable[Measurement], times: OpTimesLike, *, own_cores: bool = False) -> list[Beside]:
+def slowdowns(
+    rows: Iterable[Measurement], times: OpTimesLike, hardware: HardwareSpec, *, own_cores: bool = False
+) -> list[Beside]:
     """Return each pair that was measured within one device, with the rate that max-min fair shares predict.
 
     ``own_cores``: the two were threads of a CPU, which share its memory but have a core each.
@@ -45,14 +48,26 @@ def slowdowns(rows: Iterable[Measurement], times: OpTimesLike, *, own_cores: boo
             continue
         if row.op not in alone:
             continue
-        demands = [times.demand(item) for item in (row.op, neighbour)]
-        pair = [
-            Running(item.kind, demand._replace(sm=0.0) if own_cores else demand)
-            for item, demand in zip((row.op, neighbour), demands, strict=True)
-        ]
+        if neighbour not in alone:
+            continue
+        pair = [_running(item, alone[item], times, hardware, own_cores) for item in (row.op, neighbour)]
         measured = rate_beside(alone[row.op], row.median_s, row.overlapped)
         found.append(Beside(row.op, neighbour, measured, MaxMin().rates(pair)[0]))
     return found
+
+
+def _running(item: Op, alone_s: float, times: OpTimesLike, hardware: HardwareSpec, own_cores: bool) -> Running:
+    if item.is_collective:
+        shares = exchange_shares(hardware, item.message_bytes, alone_s, EXCHANGE_SMS)
+        return Running(item.kind, shares, is_collective=True)
+    demand = times.demand(item)
+    return Running(item.kind, demand._replace(sm=0.0) if own_cores else demand)
+
+
+def exchange_shares(hardware: HardwareSpec, nbytes: float, alone_s: float, sms: int) -> ResourceShares:
+    """Return what a copy of ``nbytes`` by ``sms`` SMs uses of the device: each byte is read and written."""
+    rate = 2.0 * nbytes / alone_s / hardware.memory_bandwidth
+    return ResourceShares(sm=sms / (hardware.sm_count or sms), memory=min(1.0, rate))
 
 
 def summary(found: list[Beside]) -> dict[str, float]:

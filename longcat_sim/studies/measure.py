@@ -33,7 +33,7 @@ def calibrate(measurements: Path, name: str, out: Path | None = None, *, draws: 
     hardware = _sheet(name, target, rows.environment)
     times = OpTimes.fit(rows, hardware, draws=draws, seed=seed)
     times.provenance = {"measured_on": rows.environment.device, "date": rows.environment.date, **times.provenance}
-    together = slowdowns(rows, times, own_cores=rows.environment.kind == "cpu")
+    together = slowdowns(rows, times, hardware, own_cores=rows.environment.kind == "cpu")
     if together:
         times.provenance["contention"] = summary(together)
     write_fit(target, times.to_fit())

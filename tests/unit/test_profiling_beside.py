@@ -36,7 +36,8 @@ def test_a_rate_is_that_of_the_time_that_was_shared() -> None:
 
 
 def test_two_passes_that_fill_the_memory_halve_each_other() -> None:
-    times = Roofline(load_hardware("h100-sxm"))
+    hardware = load_hardware("h100-sxm")
+    times = Roofline(hardware)
     first, second = (op("elementwise", dtype="bf16", rows=rows, width=4096, inputs=1) for rows in (16384, 8192))
 
     def row(item: Op, seconds: float, alongside: Op | None = None) -> Measurement:
@@ -45,7 +46,7 @@ def test_two_passes_that_fill_the_memory_halve_each_other() -> None:
         )
 
     rows = [row(first, 1e-4), row(second, 5e-5), row(first, 2e-4, second), row(second, 1e-4, first)]
-    found = slowdowns(rows, times)
+    found = slowdowns(rows, times, hardware)
     assert [(one.measured, one.neighbour) for one in found] == [(0.5, second), (0.5, first)]
     assert all(one.predicted == pytest.approx(0.5, abs=0.03) for one in found)
     assert summary(found)["mean_difference"] < 0.03
@@ -79,7 +80,7 @@ def test_one_suite_leaves_the_measurements_of_the_others_in_the_file(tmp_path: P
         saved = load_measurements(out)
         assert len(saved) == len(ops)
         assert len(saved.steps) == 5
-    with pytest.raises(MeasurementError, match=r"suite: expected some of .*model-step; got steps"):
+    with pytest.raises(MeasurementError, match=r"suite: expected some of .*overlap; got steps"):
         run_campaign(out, device="cpu", plan=(("steps", "longcat-tiny", 1.0),))
 
 

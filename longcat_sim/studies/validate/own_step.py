@@ -28,6 +28,8 @@ def predict_s(times: OpTimesLike, spec: ModelSpec, step: StepMeasurement, dtype:
     """Return the predicted time of a step: the sum of its ops, with the experts' recorded load."""
     load = LayerLoad(step.received, step.received, step.active)
     ops = step_ops(spec, step.phase, step.sequences, step.queries, step.context, dtype, load)
+    if dtype != "fp32":  # a GPU's step is a graph: the host has done its work before
+        ops = [item for item in ops if item.kind != "host"]
     return sum(times.seconds(item) for item in ops)
 
 
