@@ -70,9 +70,11 @@ def attend(mla: MLA, sublayer: int, q_TnD: Tensor, latent_TD: Tensor, step: Step
     else:
         step.cache.write(sublayer, step.plan, latent_TD)
         latent_BLD = step.cache.read(sublayer, step.plan).to(q_TnD.dtype)
+    length = latent_BLD.shape[1] if step.plan is None else step.plan.longest
     if step.variant is None or step.variant.kind == "naive":
-        return mla.naive_core(q_BQnD, latent_BLD, step.visible_BQL)
-    return mla.absorbed_core(q_BQnD, latent_BLD, step.visible_BQL, step.variant)
+        seen_BLD = latent_BLD[:, :length] if step.visible_BQL is None else latent_BLD
+        return mla.naive_core(q_BQnD, seen_BLD, step.visible_BQL)
+    return mla.absorbed_core(q_BQnD, latent_BLD, step.visible_BQL, step.variant, length)
 
 
 class Layer(nn.Module):

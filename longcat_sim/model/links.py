@@ -12,6 +12,9 @@ import numpy as np
 import torch.distributed as dist
 
 RING = 64  # launches remembered per rank; a rank is never so far ahead
+EXCHANGE_PRIORITY = -1
+"""Of the stream of a GPU's exchange. High: its blocks take SMs as soon as those of a product leave them, else only
+between products. As DeepEP and NCCL do."""
 
 
 @dataclass

@@ -192,7 +192,7 @@ class LongcatFlash(nn.Module):
         start = torch.tensor(starts, device=self.device)
         positions_BQ = start[:, None] + torch.arange(queries, device=self.device)
         if plan is not None and (len(set(starts)) > 1 or (queries > 1 and variant is not None)):
-            visible = torch.arange(plan.longest, device=self.device) <= positions_BQ[..., None]
+            visible = torch.arange(plan.readable, device=self.device) <= positions_BQ[..., None]
         cos_TR, sin_TR = self.rotary.at(positions_BQ.view(-1), max(starts) + queries - 1)
         routing: list[Tensor] | None = [] if self._routing is not None else None
         return Step(batch, queries, cos_TR, sin_TR, cache, plan, variant, visible, routing)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longcat_sim.model.few_sms import copy_by_few
 from longcat_sim.model.layer import Layer, LayerState, Step
+from longcat_sim.model.links import EXCHANGE_PRIORITY
 from longcat_sim.model.longcat import LongcatFlash
 from longcat_sim.model.moe import gather_rows, row_ends, scatter_rows, sort_rows, zero_experts
 from longcat_sim.ops.schedules import schedule
@@ -27,7 +28,7 @@ class LoopBack:
         self.model, self.sms, self.moves = model, sms, moves
         self.schedule = schedule(how, "longcat")
         self._launches = self.schedule.launches()
-        self._side = torch.cuda.Stream(model.device)
+        self._side = torch.cuda.Stream(model.device, priority=EXCHANGE_PRIORITY)
 
     def __enter__(self) -> LoopBack:
         self.model.layer_runner = self.run_layer

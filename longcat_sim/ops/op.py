@@ -57,6 +57,23 @@ class OpKind:
     note: str = ""
 
 
+def loop_back(sms: int) -> str:
+    """Return the variant of an exchange that loops back on its own device, by a copy on ``sms`` SMs."""
+    return f"loop_back_{sms}"
+
+
+def loop_back_sms(item: Op) -> int:
+    """Return the SMs of an exchange that loops back.
+
+    Raises:
+        ValueError: another exchange.
+    """
+    name, _, sms = item.variant.rpartition("_")
+    if name != "loop_back" or not sms.isdigit():
+        raise ValueError(f"variant: expected loop_back_SMS, such as loop_back_20; got {item.variant!r}")
+    return int(sms)
+
+
 def _none(d: Dims, dtype: str) -> Any:
     return 0.0 * d[next(iter(d))]
 

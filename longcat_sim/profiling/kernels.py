@@ -26,7 +26,7 @@ from longcat_sim.model.cache import LatentCache
 from longcat_sim.model.layers import RMSNorm, rotate, swiglu
 from longcat_sim.model.longcat import ABSORBED, LongcatFlash
 from longcat_sim.model.sparse import Rows, attend, index_scores
-from longcat_sim.ops.op import EXCHANGE_SMS, Op
+from longcat_sim.ops.op import Op, loop_back_sms
 from longcat_sim.profiling.timing import Run
 from longcat_sim.specs.model import ModelSpec
 
@@ -388,7 +388,7 @@ def dispatch(op: Op, spec: ModelSpec, place: Place) -> Timed:
         raise RuntimeError(f"exchanges by few SMs need Triton: {error}") from None
     rows = place.values(max(4, round(op["message_bytes"] / place.dtype.itemsize)))
     moved = torch.empty_like(rows)
-    return Timed(lambda: copy_by_few(rows, moved, EXCHANGE_SMS))
+    return Timed(lambda: copy_by_few(rows, moved, loop_back_sms(op)))
 
 
 BUILDERS: dict[str, Callable[[Op, ModelSpec, Place], Timed]] = {

@@ -11,11 +11,13 @@ import threading
 import time
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from longcat_sim.ops.op import Op, op
+from longcat_sim.model.links import EXCHANGE_PRIORITY
+from longcat_sim.ops.op import EXCHANGE_SMS, Op, loop_back, op
 from longcat_sim.profiling.kernels import BUILDERS, Place
 from longcat_sim.profiling.suites import step_ops
 from longcat_sim.profiling.timing import Run, Samples, first_line, measurement
@@ -28,7 +30,7 @@ ROUNDS, REPEATS = 3, 4
 SIDE_S = {"cuda": 2e-3, "cpu": 8e-3}
 """Seconds that each side's calls take alone, by device."""
 MOST_CALLS = 200
-LOOP_BACK, EXCHANGED_BYTES = "loop_back", 128 << 20
+EXCHANGED_BYTES, FEW_SMS = 64 << 20, 4
 HEAD_START_CYCLES, MOST_CYCLES = 20_000_000, 320_000_000
 """For how long a GPU waits while the host fills both streams: about 10 ms, and 160 ms where the host is slow."""
 
@@ -46,8 +48,8 @@ def stream_pairs(spec: ModelSpec, place: Place, dtype: str) -> list[tuple[Op, Op
     product = op("gemm", dtype=dtype, m=rows // 4, n=side, k=side)
     neighbours = [pass_over, product]
     if large:
-        sent = op("dispatch", dtype=dtype, variant=LOOP_BACK, message_bytes=EXCHANGED_BYTES, ranks=1)
-        neighbours.insert(0, sent)
+        sent = {"message_bytes": EXCHANGED_BYTES, "ranks": 1}
+        neighbours += [op("dispatch", dtype=dtype, variant=loop_back(sms), **sent) for sms in (EXCHANGE_SMS, FEW_SMS)]
     return [(item, beside) for item in work if item is not None for beside in neighbours]
 
 
@@ -71,8 +73,9 @@ def measure_streams(
                 break
             try:
                 with torch.inference_mode():
-                    runs = [BUILDERS[item.kind](item, spec, place).run for item in (first, second)]
-                    found += _pair((first, second), runs, together, target)
+                    sides = [Side(BUILDERS[item.kind](item, spec, place).run, item.is_collective)
+                             for item in (first, second)]  # fmt: skip
+                    found += _pair((first, second), sides, together, target)
             except RuntimeError as error:  # a kernel that is not there, or no memory: the other pairs may run
                 if failed is not None:
                     failed.setdefault(f"contention of {first.kind} {first.dtype}", first_line(error))
@@ -81,19 +84,26 @@ def measure_streams(
     return found
 
 
-def _pair(ops: tuple[Op, Op], runs: list[Run], together: Callable[..., list[float]], target_s: float) -> list:
+class Side(NamedTuple):
+    """What one stream or thread runs again and again; ``urgent``: on a GPU it takes SMs before the other's blocks."""
+
+    run: Run
+    urgent: bool = False
+
+
+def _pair(ops: tuple[Op, Op], sides: list[Side], together: Callable[..., list[float]], target_s: float) -> list:
     calls = []
-    for run in runs:
-        together([run], [2])  # warm
-        calls.append(int(np.clip(target_s / (together([run], [4])[0] / 4), 1, MOST_CALLS)))
+    for one in sides:
+        together([one], [2])  # warm
+        calls.append(int(np.clip(target_s / (together([one], [4])[0] / 4), 1, MOST_CALLS)))
     alone: list[list[list[float]]] = [[], []]
     beside: list[list[list[float]]] = [[], []]
     for _ in range(ROUNDS):
         parts: list[list[float]] = [[], [], [], []]
         for _ in range(REPEATS):
             for side in (0, 1):
-                parts[side].append(together([runs[side]], [calls[side]])[0] / calls[side])
-            for side, seconds in enumerate(together(runs, calls)):
+                parts[side].append(together([sides[side]], [calls[side]])[0] / calls[side])
+            for side, seconds in enumerate(together(sides, calls)):
                 parts[2 + side].append(seconds / calls[side])
         for side in (0, 1):
             alone[side].append(parts[side])
@@ -108,38 +118,38 @@ def _pair(ops: tuple[Op, Op], runs: list[Run], together: Callable[..., list[floa
 
 @lru_cache(maxsize=1)
 def _streams() -> tuple[torch.cuda.Stream, ...]:
-    """The two streams of all pairs: what warms up on one (workspace, memory) is there for every run."""
-    return torch.cuda.Stream(), torch.cuda.Stream()
+    """The streams of all pairs, two and an urgent one: what warms up on one (workspace, memory) is there for all."""
+    return torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.Stream(priority=EXCHANGE_PRIORITY)
 
 
-def _on_streams(runs: list[Run], calls: list[int], cycles: int = HEAD_START_CYCLES) -> list[float]:
-    """Return the seconds of each run's calls, on a CUDA stream of its own, from a common start."""
+def _on_streams(sides: list[Side], calls: list[int], cycles: int = HEAD_START_CYCLES) -> list[float]:
+    """Return the seconds of each side's calls, on a CUDA stream of its own, from a common start."""
     torch.cuda.synchronize()
     begin = torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(cycles)
     begin.record()
-    streams = _streams()[: len(runs)]
-    ends = [torch.cuda.Event(enable_timing=True) for _ in runs]
+    streams = [_streams()[2 if side.urgent else number] for number, side in enumerate(sides)]
+    ends = [torch.cuda.Event(enable_timing=True) for _ in sides]
     for stream in streams:
         stream.wait_event(begin)
     for turn in range(max(calls)):  # in turn, so that neither waits for the other's launches
-        for run, count, stream, end in zip(runs, calls, streams, ends, strict=True):
+        for side, count, stream, end in zip(sides, calls, streams, ends, strict=True):
             if turn < count:
                 with torch.cuda.stream(stream):
-                    run()
+                    side.run()
                     if turn == count - 1:
                         end.record(stream)
     late = begin.query()  # the device began before all was launched
     torch.cuda.synchronize()
     if late and cycles < MOST_CYCLES:
-        return _on_streams(runs, calls, 4 * cycles)
+        return _on_streams(sides, calls, 4 * cycles)
     return [begin.elapsed_time(end) * 1e-3 for end in ends]
 
 
-def _on_threads(runs: list[Run], calls: list[int]) -> list[float]:
-    """Return the seconds of each run's calls, in a thread of its own, from a common start."""
-    gate = threading.Barrier(len(runs))
-    seconds = [0.0] * len(runs)
+def _on_threads(sides: list[Side], calls: list[int]) -> list[float]:
+    """Return the seconds of each side's calls, in a thread of its own, from a common start."""
+    gate = threading.Barrier(len(sides))
+    seconds = [0.0] * len(sides)
     errors: list[RuntimeError] = []
 
     def work(side: int) -> None:
@@ -149,12 +159,12 @@ def _on_threads(runs: list[Run], calls: list[int]) -> list[float]:
             start = time.perf_counter()
             try:
                 for _ in range(calls[side]):
-                    runs[side]()
+                    sides[side].run()
             except RuntimeError as error:
                 errors.append(error)
             seconds[side] = time.perf_counter() - start
 
-    threads = [threading.Thread(target=work, args=(side,)) for side in range(len(runs))]
+    threads = [threading.Thread(target=work, args=(side,)) for side in range(len(sides))]
     for thread in threads:
         thread.start()
     for thread in threads:

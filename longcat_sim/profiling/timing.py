@@ -99,7 +99,7 @@ class Clock:
         if device.type == "cuda":
             size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
             self._flush = torch.empty(max(size, 1 << 20), dtype=torch.uint8, device=device)
-            self._side, self._memory = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+            self._side = torch.cuda.Stream(device)
 
     def sample(
         self, run: Run, budget_s: float, *, at_least: int = 3, at_most: int = 50, stream_bytes: float = 0.0
@@ -149,12 +149,15 @@ class Clock:
         return [self._event(run) / calls for _ in range(count)]
 
     def _captured(self, run: Run, calls: int) -> torch.cuda.CUDAGraph:
-        """Return a graph of ``calls`` calls. All graphs share one pool of memory: one lives at a time."""
+        """Return a graph of ``calls`` calls."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
+        free, total = torch.cuda.mem_get_info(self.device)
+        if free < total / 3:  # what earlier graphs held cannot be given back during a capture
+            torch.cuda.empty_cache()
         with torch.cuda.stream(self._side):  # torch.cuda.graph would give all cached memory back each time
             run()
-            graph.capture_begin(pool=self._memory)
+            graph.capture_begin()
             try:
                 for _ in range(calls):
                     run()

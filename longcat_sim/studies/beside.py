@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from longcat_sim.ops.op import EXCHANGE_SMS, Op, OpTimesLike, ResourceShares
+from longcat_sim.ops.op import Op, OpTimesLike, ResourceShares, loop_back_sms
 from longcat_sim.records.measurement import Measurement
 from longcat_sim.simulation.contention import SLOWEST, MaxMin, Running
 from longcat_sim.specs.hardware import HardwareSpec
@@ -58,7 +58,7 @@ def slowdowns(
 
 def _running(item: Op, alone_s: float, times: OpTimesLike, hardware: HardwareSpec, own_cores: bool) -> Running:
     if item.is_collective:
-        shares = exchange_shares(hardware, item.message_bytes, alone_s, EXCHANGE_SMS)
+        shares = exchange_shares(hardware, item.message_bytes, alone_s, loop_back_sms(item))
         return Running(item.kind, shares, is_collective=True)
     demand = times.demand(item)
     return Running(item.kind, demand._replace(sm=0.0) if own_cores else demand)

@@ -53,10 +53,10 @@ def bf16_model(**changes):
 @torch.inference_mode()
 def test_absorbed_equals_naive_in_bf16():
     model = bf16_model()
-    tokens = torch.randint(0, TINY.vocab_size, (3, 64), device="cuda")
+    tokens = torch.randint(0, TINY.vocab_size, (3, 62), device="cuda")  # 62 is no multiple of 8
     cache = LatentCache(model.spec, num_sequences=3, max_tokens=80, device="cuda", dtype=torch.bfloat16)
-    model.prefill(tokens[:, :63], cache)
-    got, expected = model.decode(tokens[:, 63:], cache)[:, 0].float(), model(tokens)[:, -1].float()
+    model.prefill(tokens[:, :61], cache)
+    got, expected = model.decode(tokens[:, 61:], cache)[:, 0].float(), model(tokens)[:, -1].float()
     assert float((got - expected).norm() / expected.norm()) < 0.03
 
 

@@ -115,7 +115,7 @@ def _gathered(q_BHQD: Tensor, k_BGND: Tensor, v_BGNV: Tensor, indices_BSQK: Tens
     v_set = k_set[..., : v_BGNV.shape[-1]] if is_prefix else _rows_at(v_BGNV, indices, sets)
     q = (q_BHQD * scale).view(B, sets, H // sets, Q, D).transpose(2, 3)  # [B, sets, Q, heads of a set, D]
     scores = q @ k_set.transpose(-1, -2)
-    if not bool(used.all()):
+    if used.device.type != "cpu" or not bool(used.all()):  # on a GPU the look would make the host wait
         scores = scores.masked_fill(~used[:, :, :, None], -torch.inf)
     probs = probabilities(scores).to(v_BGNV.dtype)
     return (probs @ v_set).transpose(2, 3).reshape(B, H, Q, -1)
