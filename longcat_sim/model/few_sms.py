@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 8192, 16
+BLOCK, WARPS = 32768, 32
 
 
 @triton.jit

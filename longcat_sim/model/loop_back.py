@@ -1,11 +1,14 @@
 """``LoopBack``: an expert-parallel layer on one GPU, whose exchanges leave and come back on a stream of their own.
 
-All experts are here, so that dispatch and combine move rows to where they are: a copy by few SMs, as the kernels of a
-real exchange are; the fewer SMs, the longer it takes. The order of the segments and what waits for what is the schedule
-data that the simulator follows. The host never waits, so that a CUDA graph can hold the step.
+All experts are here, so that dispatch and combine have nowhere to go. Two sorts stand for what exchanges do to a GPU:
+``by_few`` copies the rows on a few SMs, as kernels of an exchange do; ``paced`` lets time pass and the rows lie, as
+when the network cards move them. The order of the segments and what waits for what is the schedule data that the
+simulator follows. The host never waits, so that a CUDA graph can hold the step.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,15 +20,40 @@ from longcat_sim.model.longcat import LongcatFlash
 from longcat_sim.model.moe import gather_rows, row_ends, scatter_rows, sort_rows, zero_experts
 from longcat_sim.ops.schedules import schedule
 
+Exchange = Callable[[Tensor], Tensor]
+CYCLES_PER_S = 1.98e9
+"""SM clock of an H100 under load; what a pace really takes is measured."""
+
+
+def by_few(sms: int) -> Exchange:
+    """Return an exchange that copies the rows with ``sms`` SMs."""
+
+    def move(rows_NH: Tensor) -> Tensor:
+        moved = torch.empty_like(rows_NH)
+        copy_by_few(rows_NH, moved, sms)
+        return moved
+
+    return move
+
+
+def paced(pace_s: float) -> Exchange:
+    """Return an exchange that takes ``pace_s`` and moves nothing: one warp waits."""
+
+    def wait(rows_NH: Tensor) -> Tensor:
+        torch.cuda._sleep(int(pace_s * CYCLES_PER_S))
+        return rows_NH
+
+    return wait
+
 
 class LoopBack:
-    """Runs ``model`` by a schedule of one part, exchanges on ``sms`` SMs; put in with ``with LoopBack(...):``.
+    """Runs ``model`` by a schedule of one part; ``exchange`` takes rows [N, H] and returns them on the other side.
 
-    ``moves=False`` leaves the exchanges' copies out: the compute alone, of the same rows.
+    Put in with ``with LoopBack(...):``.
     """
 
-    def __init__(self, model: LongcatFlash, how: str, sms: int, *, moves: bool = True) -> None:
-        self.model, self.sms, self.moves = model, sms, moves
+    def __init__(self, model: LongcatFlash, how: str, exchange: Exchange) -> None:
+        self.model, self.exchange = model, exchange
         self.schedule = schedule(how, "longcat")
         self._launches = self.schedule.launches()
         self._side = torch.cuda.Stream(model.device, priority=EXCHANGE_PRIORITY)
@@ -62,21 +90,14 @@ class LoopBack:
             extra["ends"] = row_ends(state.rows)
             extra["send"] = gather_rows(state.n0_TH, state.rows)
         elif segment == "dispatch":
-            extra["received"] = self._moved(extra["send"])
+            extra["received"] = self.exchange(extra["send"])
         elif segment == "experts":
             extra["result"] = layer.experts.products(extra["received"], extra["ends"])
         elif segment == "combine":
-            extra["back"] = self._moved(extra["result"])
+            extra["back"] = self.exchange(extra["result"])
         elif segment == "add":
             state.moe_TH = zero_experts(state.n0_TH, state.routing, experts)
             scatter_rows(extra["back"], state.rows, extra["ends"], state.moe_TH)
             layer.add(state, step)
         else:
             layer.segments[segment](state, step)
-
-    def _moved(self, rows_NH: Tensor) -> Tensor:
-        if not self.moves:
-            return rows_NH
-        moved = torch.empty_like(rows_NH)
-        copy_by_few(rows_NH, moved, self.sms)
-        return moved

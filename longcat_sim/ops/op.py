@@ -23,10 +23,6 @@ ITEM_BYTES: dict[str, float] = {
 }  # fmt: skip
 
 
-EXCHANGE_SMS = 20
-"""SMs that DeepEP's kernels take of 132. Source: deepseek-ai/profile-data, train.json (H800)."""
-
-
 def item_bytes(dtype: str) -> float:
     """Return the bytes of one value of ``dtype``."""
     if dtype not in ITEM_BYTES:

@@ -51,7 +51,7 @@ GPU_PLAN: Plan = (
     ("small-ops", "longcat-1layer-32e", 0.12),
     ("model-step", "longcat-1layer-32e", 0.08),
     ("overlap", "longcat-1layer-32e", 0.08),
-    ("contention", "longcat-1layer-32e", 0.06),
+    ("contention", "longcat-1layer-32e", 0.10),
     ("sparse", "longcat-flash", 0.08),
     ("small-ops", "longcat-flash", 0.04),
     ("decode", "deepseek-v3", 0.16),

@@ -28,13 +28,16 @@ POINTS: tuple[Point, ...] = (
     ("prefill", 1, 48), ("prefill", 1, 200), ("prefill", 2, 160), ("decode", 8, 900), ("prefill", 3, 128),
 )  # fmt: skip
 """Between the sizes that the small suites measure."""
-Exchanged = tuple[int, int, int]
-"""(sequences, context, SMs of the exchange) of a decode step of one layer with exchanges that loop back."""
+Exchanged = tuple[int, int, int | float]
+"""(sequences, context, SMs that copy or seconds that pass) of a decode step of one layer with exchanges that loop
+back."""
 EXCHANGED: tuple[Exchanged, ...] = (
+    (128, 1000, 100e-6), (128, 1000, 250e-6), (128, 1000, 500e-6), (64, 2000, 200e-6), (256, 500, 300e-6),
+    (256, 500, 800e-6), (24, 4000, 150e-6),
     (128, 1000, 1), (128, 1000, 2), (128, 1000, 4), (128, 1000, 16), (64, 2000, 1), (64, 2000, 4), (256, 500, 2),
     (256, 500, 8),
 )  # fmt: skip
-"""From an exchange that takes longer than the dense part beside it to one that takes a fifth of it."""
+"""From exchanges that take a tenth of the dense part beside them to some that take longer."""
 ROUNDS = 3
 
 
@@ -60,26 +63,26 @@ def measure_exchanges(
         RuntimeError: no Triton here.
     """
     try:
-        from longcat_sim.model.few_sms import copy_by_few
-        from longcat_sim.model.loop_back import LoopBack
+        from longcat_sim.model.loop_back import LoopBack, by_few, paced
     except ImportError as error:
         raise RuntimeError(f"exchanges by few SMs need Triton: {error}") from None
     found = []
     with torch.inference_mode():
-        for sequences, context, sms in points:
+        for sequences, context, size in points:
             tokens, planned, load = _planned(model, ("decode", sequences, context))
             step = planned()
             rows = torch.randn(sequences * model.spec.moe_topk, model.spec.hidden_size, device=model.device)
             rows = rows.to(model.dtype)
-            loops = [LoopBack(model, mode, sms) for mode in ("none", "sbo")]
-            runs = [partial(copy_by_few, rows, torch.empty_like(rows), sms)]
+            exchange = by_few(size) if isinstance(size, int) else paced(size)
+            loops = [LoopBack(model, mode, exchange) for mode in ("none", "sbo")]
+            runs: list[Run] = [partial(exchange, rows)]
             runs += [partial(_through, loop, model, tokens, step) for loop in loops]
             alone, *both = _sampled(model.device, runs, budget_s / len(points))
-            exchange: dict[str, Any] = {"exchange_s": Samples(alone).quantiles()[1], "exchange_sms": sms}
-            exchange["exchange_bytes"] = float(rows.nbytes)
+            moved: dict[str, Any] = {"exchange_s": Samples(alone).quantiles()[1], "exchange_bytes": float(rows.nbytes)}
+            moved["exchange_sms"] = size if isinstance(size, int) else 0
             for loop, samples in zip(loops, both, strict=True):
                 one = _step(name, ("decode", sequences, context), samples, load)
-                found.append(replace(one, overlap=loop.schedule.name, **exchange))
+                found.append(replace(one, overlap=loop.schedule.name, **moved))
     return found
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from longcat_sim.model.links import EXCHANGE_PRIORITY
-from longcat_sim.ops.op import EXCHANGE_SMS, Op, loop_back, op
+from longcat_sim.ops.op import Op, loop_back, op
 from longcat_sim.profiling.kernels import BUILDERS, Place
 from longcat_sim.profiling.suites import step_ops
 from longcat_sim.profiling.timing import Run, Samples, first_line, measurement
@@ -26,13 +26,20 @@ from longcat_sim.specs.model import ModelSpec
 
 COMPUTE = ("gemm", "grouped_gemm", "mla_decode", "norm", "router")
 """Kinds of op of a decode step that run beside others: the largest of each."""
-ROUNDS, REPEATS = 3, 4
+ROUNDS, REPEATS = 3, 3
 SIDE_S = {"cuda": 2e-3, "cpu": 8e-3}
 """Seconds that each side's calls take alone, by device."""
 MOST_CALLS = 200
-EXCHANGED_BYTES, FEW_SMS = 64 << 20, 4
-HEAD_START_CYCLES, MOST_CYCLES = 20_000_000, 320_000_000
-"""For how long a GPU waits while the host fills both streams: about 10 ms, and 160 ms where the host is slow."""
+EXCHANGE_SMS, EXCHANGE_STEPS = (1, 4, 16), ((32, 4096), (192, 1024))
+"""SMs of the exchanges beside which the ops of these decode steps run, those of kinds ``DENSE``."""
+DENSE = ("gemm", "bmm", "mla_decode", "norm", "elementwise")
+SM_BYTES_PER_S = 48e9
+"""What one SM copies on an H100."""
+BESIDE_EXCHANGE = 0.6
+"""Share of an exchange's time that the calls beside it fill: it is there before them and outlasts them."""
+HEAD_START_CYCLES, MOST_CYCLES, LATER_CYCLES = 5_000_000, 320_000_000, 60_000
+"""For how long a GPU waits while the host fills both streams: about 2.5 ms, and up to 160 ms where that is too short;
+and an op for the exchange before it, 30 us."""
 
 
 def stream_pairs(spec: ModelSpec, place: Place, dtype: str) -> list[tuple[Op, Op]]:
@@ -41,16 +48,21 @@ def stream_pairs(spec: ModelSpec, place: Place, dtype: str) -> list[tuple[Op, Op
     """
     large = place.device.type == "cuda"
     found = step_ops(spec, "decode", 64 if large else 8, 1, 4096 if large else 256, dtype)
-    work = [max((o for o in found if o.kind == kind), key=lambda o: o.flop + o.memory_bytes, default=None)
-            for kind in COMPUTE]  # fmt: skip
+    largest = [max((o for o in found if o.kind == kind), key=lambda o: o.flop + o.memory_bytes, default=None)
+               for kind in COMPUTE]  # fmt: skip
     rows, side = (16384, 4096) if large else (2048, 1024)
     pass_over = op("elementwise", dtype=dtype, rows=rows, width=side, inputs=1)
     product = op("gemm", dtype=dtype, m=rows // 4, n=side, k=side)
-    neighbours = [pass_over, product]
-    if large:
-        sent = {"message_bytes": EXCHANGED_BYTES, "ranks": 1}
-        neighbours += [op("dispatch", dtype=dtype, variant=loop_back(sms), **sent) for sms in (EXCHANGE_SMS, FEW_SMS)]
-    return [(item, beside) for item in work if item is not None for beside in neighbours]
+    pairs = [(item, beside) for item in largest if item is not None for beside in (pass_over, product)]
+    if not large:
+        return pairs
+    dense = [item for batch, context in EXCHANGE_STEPS for item in step_ops(spec, "decode", batch, 1, context, dtype)]
+    rate = SM_BYTES_PER_S * SIDE_S["cuda"]
+    exchanges = [
+        op("dispatch", dtype=dtype, variant=loop_back(sms), message_bytes=sms * rate, ranks=1) for sms in EXCHANGE_SMS
+    ]
+    beside_dense = [item for item in dict.fromkeys(dense) if item.kind in DENSE]
+    return pairs + [(item, exchange) for item in beside_dense for exchange in exchanges]
 
 
 def measure_streams(
@@ -95,7 +107,8 @@ def _pair(ops: tuple[Op, Op], sides: list[Side], together: Callable[..., list[fl
     calls = []
     for one in sides:
         together([one], [2])  # warm
-        calls.append(int(np.clip(target_s / (together([one], [4])[0] / 4), 1, MOST_CALLS)))
+        share = BESIDE_EXCHANGE if sides[1].urgent and not one.urgent else 1.0
+        calls.append(int(np.clip(share * target_s / (together([one], [4])[0] / 4), 1, MOST_CALLS)))
     alone: list[list[list[float]]] = [[], []]
     beside: list[list[list[float]]] = [[], []]
     for _ in range(ROUNDS):
@@ -123,15 +136,21 @@ def _streams() -> tuple[torch.cuda.Stream, ...]:
 
 
 def _on_streams(sides: list[Side], calls: list[int], cycles: int = HEAD_START_CYCLES) -> list[float]:
-    """Return the seconds of each side's calls, on a CUDA stream of its own, from a common start."""
+    """Return the seconds of each side's calls, on a CUDA stream of its own, from a common start; an urgent side is
+    there a little before the other."""
     torch.cuda.synchronize()
     begin = torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(cycles)
     begin.record()
     streams = [_streams()[2 if side.urgent else number] for number, side in enumerate(sides)]
     ends = [torch.cuda.Event(enable_timing=True) for _ in sides]
-    for stream in streams:
+    starts = [torch.cuda.Event(enable_timing=True) for _ in sides]
+    for side, stream, start in zip(sides, streams, starts, strict=True):
         stream.wait_event(begin)
+        if not side.urgent and any(other.urgent for other in sides):
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(LATER_CYCLES)
+        start.record(stream)
     for turn in range(max(calls)):  # in turn, so that neither waits for the other's launches
         for side, count, stream, end in zip(sides, calls, streams, ends, strict=True):
             if turn < count:
@@ -143,7 +162,7 @@ def _on_streams(sides: list[Side], calls: list[int], cycles: int = HEAD_START_CY
     torch.cuda.synchronize()
     if late and cycles < MOST_CYCLES:
         return _on_streams(sides, calls, 4 * cycles)
-    return [begin.elapsed_time(end) * 1e-3 for end in ends]
+    return [start.elapsed_time(end) * 1e-3 for start, end in zip(starts, ends, strict=True)]
 
 
 def _on_threads(sides: list[Side], calls: list[int]) -> list[float]:

@@ -122,16 +122,21 @@ def step_ops(
     Activations are in ``dtype``, whatever the graph's default for engines is; router and sampling stay fp32.
     """
     size = StepSize(phase, sequences, queries, context)
-    precision = dict.fromkeys(("weights", "attention", "kv_cache", "dispatch", "combine"), dtype)
-    deployment = Deployment.model_validate({"num_gpus": 1, "precision": precision})
     found: list[Op] = []
-    for block in step_graph(spec, deployment, size, load or load_of(spec, sequences * queries)):
+    for block in step_graph(spec, one_device(dtype), size, load or load_of(spec, sequences * queries)):
         shapes = [shape for part in block.parts for segment in part.values() for shape in segment]
-        found += own_ops(spec, shapes, sequences * queries, dtype) * block.count
+        own = own_shapes(spec, shapes, sequences * queries, dtype)
+        found += [shape.typical() for shape in own] * block.count
     return found
 
 
-def own_ops(spec: ModelSpec, shapes: Iterable[OpShape], tokens: int, dtype: str) -> list[Op]:
+def one_device(dtype: str) -> Deployment:
+    """Return the deployment that the executable model is: one device, everything in ``dtype``."""
+    precision = dict.fromkeys(("weights", "attention", "kv_cache", "dispatch", "combine"), dtype)
+    return Deployment.model_validate({"num_gpus": 1, "precision": precision})
+
+
+def own_shapes(spec: ModelSpec, shapes: Iterable[OpShape], tokens: int, dtype: str) -> list[OpShape]:
     """Return the ops that the executable model runs for some of a step's, on one device."""
     found = []
     for shape in shapes:
@@ -139,16 +144,10 @@ def own_ops(spec: ModelSpec, shapes: Iterable[OpShape], tokens: int, dtype: str)
             if dtype == "fp32":
                 continue
             shape = replace(shape, dims={**shape.dims, "rows": tokens * spec.moe_topk})
-        found.append(_in_dtype(shape.typical(), dtype))
+        precision = "fp32" if shape.kind in ("router", "sampling", "topk", "host") else dtype
+        variant = "" if shape.kind == "grouped_gemm" else shape.variant  # the model has one kernel for both layouts
+        found.append(replace(shape, dtype=precision, variant=variant))
     return found
-
-
-def _in_dtype(item: Op, dtype: str) -> Op:
-    if item.kind in ("router", "sampling", "topk", "host"):
-        dtype = "fp32"
-    if item.kind == "grouped_gemm":  # the model has one kernel for both layouts
-        return Op(item.kind, item.sizes, dtype)
-    return Op(item.kind, item.sizes, dtype, item.variant)
 
 
 def suite_ops(suite: str, spec: ModelSpec, grid: Grid, dtype: str) -> list[Op]:

@@ -132,9 +132,9 @@ class StepMeasurement:
     exchange_s: float = 0.0
     """Time of one of its exchanges alone."""
     exchange_bytes: float = 0.0
-    """Bytes that one exchange copies."""
+    """Bytes of the rows that one exchange moves."""
     exchange_sms: int = 0
-    """SMs that an exchange runs on."""
+    """SMs that copy them; 0: time passes, and no SM is busy."""
 
     @property
     def drift(self) -> float:

@@ -62,7 +62,7 @@ def test_absorbed_equals_naive_in_bf16():
 
 @torch.inference_mode()
 def test_exchanges_that_loop_back_change_nothing():
-    from longcat_sim.model.loop_back import LoopBack
+    from longcat_sim.model.loop_back import LoopBack, by_few, paced
 
     model = bf16_model()
     tokens = torch.randint(0, TINY.vocab_size, (16, 1), device="cuda")
@@ -72,9 +72,10 @@ def test_exchanges_that_loop_back_change_nothing():
     step = model.step(16, 1, cache, None, ABSORBED)
     plain = model.run_layers(tokens, step).float()
     for how in ("none", "sbo"):
-        with LoopBack(model, how, 4):
-            got = model.run_layers(tokens, step).float()
-        assert float((got - plain).norm() / plain.norm()) < 0.02, how
+        for exchange in (by_few(4), paced(50e-6)):
+            with LoopBack(model, how, exchange):
+                got = model.run_layers(tokens, step).float()
+            assert float((got - plain).norm() / plain.norm()) < 0.02, how
 
 
 @torch.inference_mode()
