@@ -85,8 +85,8 @@ def _lenders() -> Iterator[HardwareSpec]:
             found = load_hardware(name)
         except UserError:  # a profile that somebody is still writing lends nothing
             continue
-        if found.architecture and found.fit and found.fit.get("laws"):  # a CPU names none, and lends nothing
-            yield found
+        if found.architecture and found.fit and found.fit.get("laws") and not found.has_own_kernels:
+            yield found  # a CPU names no architecture, and lends nothing
 
 
 def _laws_of(lender: HardwareSpec) -> list[FittedLaw]:

@@ -105,6 +105,11 @@ class HardwareSpec(Part):
         """Figures without a source."""
         return tuple(name for name in self._figures() if name not in self.sources)
 
+    @property
+    def has_own_kernels(self) -> bool:
+        """Whether the fit is of what ``profile`` measured here: the executable model's kernels, and no engine's."""
+        return bool((self.fit or {}).get("measured_on"))
+
     def peak_flop_per_s(self, dtype: str) -> float:
         """Return the dense peak for ``dtype``; a dtype the device lacks runs at the next wider one's rate.
 

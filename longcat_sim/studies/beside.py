@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,9 @@ from longcat_sim.ops.op import Op, OpTimesLike, ResourceShares, loop_back_sms
 from longcat_sim.records.measurement import Measurement
 from longcat_sim.simulation.contention import SLOWEST, MaxMin, Running
 from longcat_sim.specs.hardware import HardwareSpec
+
+ROWS = frozenset({"m", "rows", "tokens", "batch", "queries", "context"})
+"""Sizes that grow with the tokens of a step."""
 
 
 class Beside(NamedTuple):
@@ -68,6 +72,45 @@ def exchange_shares(hardware: HardwareSpec, nbytes: float, alone_s: float, sms: 
     """Return what a copy of ``nbytes`` by ``sms`` SMs uses of the device: each byte is read and written."""
     rate = 2.0 * nbytes / alone_s / hardware.memory_bandwidth
     return ResourceShares(sm=sms / (hardware.sm_count or sms), memory=min(1.0, rate))
+
+
+class ExchangeRates:
+    """Measured rates of ops and of exchanges that loop back beside each other, between the sizes that were measured."""
+
+    def __init__(self, found: Iterable[Beside]) -> None:
+        self._rates: dict[tuple, dict[float, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(dict))
+        for one in found:
+            exchange = one.neighbour if one.neighbour.is_collective else one.op
+            item = one.op if exchange is one.neighbour else one.neighbour
+            if exchange.is_collective:
+                pair = self._rates[_sort(item)][item.flop].setdefault(loop_back_sms(exchange), [1.0, 1.0])
+                pair[int(one.op is exchange)] = one.measured
+
+    def of(self, item: Op, sms: int) -> tuple[float, float]:
+        """Return the rates of an op and of the exchange on ``sms`` SMs beside it; of its kind's other sizes (medians)
+        where it was not measured, 1 where none was."""
+        alike = self._rates.get(_sort(item))
+        if alike is None:
+            kind = [rates for sort, rates in self._rates.items() if sort[0] == item.kind]
+            pairs = [_between(by_sms, sms) for rates in kind for by_sms in rates.values()]
+            op_rate, exchange_rate = np.median(pairs, axis=0) if pairs else (1.0, 1.0)
+        else:
+            sizes = sorted(alike)
+            pairs = [_between(alike[size], sms) for size in sizes]
+            op_rate, exchange_rate = (
+                np.interp(np.log(item.flop), np.log(sizes), [pair[side] for pair in pairs]) for side in (0, 1)
+            )
+        return float(op_rate), float(exchange_rate)
+
+
+def _sort(item: Op) -> tuple:
+    """Return what ops have in common whose rows alone differ."""
+    return item.kind, item.variant, *(size for name, size in item.dims.items() if name not in ROWS)
+
+
+def _between(by_sms: Mapping[int, Sequence[float]], sms: int) -> list[float]:
+    known = sorted(by_sms)
+    return [float(np.interp(np.log2(sms), np.log2(known), [by_sms[n][side] for n in known])) for side in (0, 1)]
 
 
 def summary(found: list[Beside]) -> dict[str, float]:

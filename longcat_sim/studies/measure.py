@@ -32,7 +32,10 @@ def calibrate(measurements: Path, name: str, out: Path | None = None, *, draws: 
     target = out or Path("hardware_profiles") / f"{name}.yaml"
     hardware = _sheet(name, target, rows.environment)
     times = OpTimes.fit(rows, hardware, draws=draws, seed=seed)
-    times.provenance = {"measured_on": rows.environment.device, "date": rows.environment.date, **times.provenance}
+    times.provenance = {
+        "measured_on": rows.environment.device, "date": rows.environment.date,
+        "libraries": dict(rows.environment.libraries), **times.provenance,
+    }  # fmt: skip
     together = slowdowns(rows, times, hardware, own_cores=rows.environment.kind == "cpu")
     if together:
         times.provenance["contention"] = summary(together)

@@ -13,23 +13,23 @@ import numpy as np
 from longcat_sim.ops.attention import StepSize
 from longcat_sim.ops.graph import Block, LayerLoad, Segments, step_graph
 from longcat_sim.ops.op import FloatArray, Op, OpArrays, OpTimesLike, ResourceShares, Tag
-from longcat_sim.ops.schedules import schedule
+from longcat_sim.ops.schedules import COMMUNICATION, schedule
 from longcat_sim.ops.shape import OpShape
 from longcat_sim.profiling.suites import one_device, own_shapes
 from longcat_sim.records.measurement import StepMeasurement
-from longcat_sim.simulation.contention import ContentionLaw
+from longcat_sim.simulation.contention import MeasuredLaw, NoContention
 from longcat_sim.simulation.lanes import LaneEngine
-from longcat_sim.simulation.program import Program, build_program
+from longcat_sim.simulation.program import build_program
 from longcat_sim.specs.model import ModelSpec
+from longcat_sim.studies.beside import ExchangeRates
 
 
 @dataclass(frozen=True)
 class ExchangeTimes:
-    """Op times of a device whose exchanges take ``exchange_s`` each and use ``shares`` of it."""
+    """Op times of a device whose exchanges take ``exchange_s`` each."""
 
     ops: OpTimesLike
     exchange_s: float
-    shares: ResourceShares
 
     def seconds(self, op: Op) -> float:
         """Return the time of one op or exchange, alone."""
@@ -41,38 +41,49 @@ class ExchangeTimes:
         return np.array([self.seconds(Op(ops.kind, size, ops.dtype, ops.variant)) for size in sizes])
 
     def demand(self, op: Op) -> ResourceShares:
-        """Return what the op or exchange uses of the device."""
-        return self.shares if op.is_collective else self.ops.demand(op)
+        """Return what the op uses of the device; of an exchange the rates are measured instead."""
+        return ResourceShares() if op.is_collective else self.ops.demand(op)
 
     def tag(self, op: Op) -> Tag:
         """Return where the figure comes from."""
         return "measured" if op.is_collective else self.ops.tag(op)
 
 
-def step_program(times: OpTimesLike, spec: ModelSpec, step: StepMeasurement, shares: ResourceShares) -> Program:
-    """Return the program of a measured step under its schedule; without the output projection."""
+def predict_s(times: OpTimesLike, spec: ModelSpec, step: StepMeasurement, rates: ExchangeRates | None = None) -> float:
+    """Return the predicted time of a step whose exchanges loop back, without the output projection.
+
+    ``rates``: measured rates of ops beside exchanges that take SMs; without, nothing slows anything.
+    """
+    blocks = _blocks(spec, step)
+    program = build_program(blocks, ExchangeTimes(times, step.exchange_s))
+    if rates is None or not step.exchange_sms:
+        return LaneEngine(program, NoContention()).run().step_s
+    pairs: dict[tuple[str, str], float] = {}
+    for shape in [shape for block in blocks for ops in block.parts[0].values() for shape in ops]:
+        if not shape.is_collective:
+            op_rate, exchange_rate = rates.of(shape.typical(), step.exchange_sms)
+            for exchange in COMMUNICATION:
+                pairs[shape.name, exchange], pairs[exchange, shape.name] = op_rate, exchange_rate
+    # the law knows ops by kind: here each of the step's own
+    program.items = [item if item.is_collective else replace(item, kind=item.name) for item in program.items]
+    return LaneEngine(program, MeasuredLaw(pairs, {}, NoContention())).run().step_s
+
+
+def _blocks(spec: ModelSpec, step: StepMeasurement) -> list[Block]:
+    """Return the blocks of a measured step under its schedule."""
     tokens = step.sequences * step.queries
     size = StepSize(step.phase, step.sequences, step.queries, step.context)
     load = LayerLoad(step.received, step.received, step.active)
     blocks = []
     for block in step_graph(spec, one_device("bf16"), size, load):
-        parts = tuple({name: tuple(own_shapes(spec, ops, tokens, "bf16")) for name, ops in part.items()}
-                      for part in block.parts)  # fmt: skip
+        part = {name: tuple(own_shapes(spec, ops, tokens, "bf16")) for name, ops in block.parts[0].items()}
         if block.schedule is not None:
-            plan = schedule(step.overlap, "longcat")
-            block = replace(block, schedule=plan, parts=tuple(_looped(part, step.exchange_bytes) for part in parts))
+            part = _looped(part, step.exchange_bytes)
+            blocks.append(replace(block, schedule=schedule(step.overlap, "longcat"), parts=(part,)))
         else:
-            kept = ("embedding", "final norm")
-            block = Block(block.name, 1, None, ({"ops": tuple(s for s in parts[0]["ops"] if s.name in kept)},))
-        blocks.append(block)
-    return build_program(blocks, ExchangeTimes(times, step.exchange_s, shares))
-
-
-def predict_s(
-    times: OpTimesLike, spec: ModelSpec, step: StepMeasurement, shares: ResourceShares, law: ContentionLaw
-) -> float:
-    """Return the predicted time of a step whose exchanges loop back."""
-    return LaneEngine(step_program(times, spec, step, shares), law).run().step_s
+            kept = tuple(shape for shape in part["ops"] if shape.name in ("embedding", "final norm"))
+            blocks.append(replace(block, parts=({"ops": kept},)))
+    return blocks
 
 
 def _looped(segments: Segments, nbytes: float) -> Segments:

@@ -56,7 +56,7 @@ def run() -> Section:
                 if split in ("fitted", "random p10"):
                     continue
                 where = "interpolated" if split == "random" else "extrapolated"
-                group = f"{'cpu' if is_cpu else 'gpu tables'}, {where}"
+                group = f"{'cpu' if is_cpu else 'gpu campaign' if hardware.has_own_kernels else 'gpu tables'}, {where}"
                 pooled.setdefault(group, []).append((coverage, count))
     for group, parts in pooled.items():
         count = sum(points for _, points in parts)

@@ -16,6 +16,7 @@ SECTIONS: dict[str, str] = {
     "limits": "where overlap with contention makes a step longer, by batch",
     "ops": "fitted op times against held-out measurements",
     "own-step": "steps of the executable model on this machine, predicted from its ops",
+    "gpu-campaign": "one H100: steps, overlap, contention and roofs, measured and predicted from its ops",
     "transfer": "op times fitted on some systems, predicted for others",
     "ranks": "two real gloo ranks of the executable model, with and without overlap",
 }

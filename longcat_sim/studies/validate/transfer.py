@@ -71,7 +71,11 @@ def measured_devices() -> list[str]:
     for name in hardware_names():
         hardware = load_hardware(name)
         laws = (hardware.fit or {}).get("laws", [])
-        if hardware.architecture and sum("transferred_from" not in law for law in laws) >= 5:
+        if (
+            hardware.architecture
+            and not hardware.has_own_kernels
+            and sum("transferred_from" not in law for law in laws) >= 5
+        ):
             found.append(name)
     return found
 
