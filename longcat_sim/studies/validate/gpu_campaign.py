@@ -108,11 +108,10 @@ def _roofs(rows: Sequence[Measurement], hardware: HardwareSpec) -> list[Row]:
         ):
             largest[key] = row
     found = []
-    for row in largest.values():
+    for (kind, dtype), row in largest.items():
         roof = _roof_s(row.op, hardware)
-        found.append(
-            Row(f"roof of {row.op}", "us", roof * 1e6, row.median_s * 1e6, note=f"{roof / row.median_s:.0%} of it")
-        )
+        note = f"{roof / row.median_s:.0%} of the roof; {row.op}"
+        found.append(Row(f"roof: {kind} {dtype}, largest size", "us", roof * 1e6, row.median_s * 1e6, note=note))
     return found
 
 
@@ -133,7 +132,7 @@ def _published(rows: Sequence[Measurement], notes: list[str]) -> list[Row]:
     for name, each in ratios.items():
         middle = float(np.median(each))
         spread = np.quantile(each, [0.1, 0.9])
-        found.append(Row(f"published tables over measured: {name}", "ratio", middle, 1.0,
+        found.append(Row(f"published over measured: {name}", "ratio", middle, 1.0,
                          note=f"{len(each)} sizes, {spread[0]:.2f} to {spread[1]:.2f}"))  # fmt: skip
         if abs(middle - 1) > BIG_DIFFERENCE or name in REASONS:
             notes.append(f"{name}: {REASONS.get(name, 'not explained')}")
