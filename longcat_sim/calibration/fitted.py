@@ -214,11 +214,13 @@ class FittedLaw:
             rows = rng.choice(rows, FIT_ROWS, replace=False)
         weights = weigh(tuple(c[rows] for c in coordinates), seconds[rows], kind, dtype, device)
         residual = np.log(seconds / law_seconds(weights, coordinates, kind, dtype, device))
-        smooth = smooth or _smoothness(coordinates, residual, rng)
+        smooth = smooth or _smoothness(kind, coordinates, residual, rng)
         axes = thin(coordinates, max_cells, smooth.octaves)
         grid = np.meshgrid(*axes, indexing="ij")
         cells = tuple(part.ravel() for part in grid)
-        local, measured = correct(coordinates, residual, cells, smooth)
+        turned = LAWS[kind].turned if smooth.is_turned else None
+        near, sought = (coordinates, cells) if turned is None else (turned(coordinates), turned(cells))
+        local, measured = correct(near, residual, sought, smooth)
         law_grid = law_seconds(weights, cells, kind, dtype, device)
         times = rising(np.log(law_grid * np.exp(local)).reshape(grid[0].shape))
         correction = times - np.log(law_grid).reshape(times.shape)
@@ -298,11 +300,32 @@ class FittedLaw:
         ]
 
 
-def _smoothness(coordinates: tuple[FloatArray, ...], residual: FloatArray, rng: np.random.Generator) -> Smoothness:
+def _smoothness(
+    kind: str, coordinates: tuple[FloatArray, ...], residual: FloatArray, rng: np.random.Generator
+) -> Smoothness:
+    """Return how the correction varies, in the law's coordinates or in its turned ones, where points follow better from
+    each other there."""
+    turned = LAWS[kind].turned
+    if turned is None:
+        return _lengths(coordinates, residual, rng)
+    plain, other = (
+        _lengths(way, residual, trial)
+        for way, trial in zip((coordinates, turned(coordinates)), _twins(rng), strict=True)
+    )
+    return other._replace(is_turned=True) if other.loss < plain.loss else plain
+
+
+def _twins(rng: np.random.Generator) -> tuple[np.random.Generator, np.random.Generator]:
+    """Return two generators of equal draws."""
+    seed = int(rng.integers(2**32))
+    return np.random.default_rng(seed), np.random.default_rng(seed)
+
+
+def _lengths(coordinates: tuple[FloatArray, ...], residual: FloatArray, rng: np.random.Generator) -> Smoothness:
     """Return how the correction varies; coordinates with one value get any length."""
     points = logs(coordinates)
     varied = np.ptp(points, axis=0) > 0
     learned = learn_smoothness(points[:, varied], residual, rng)
     lengths = np.ones(len(varied))
     lengths[varied] = learned.octaves
-    return Smoothness(tuple(lengths.tolist()), learned.nugget)
+    return learned._replace(octaves=tuple(lengths.tolist()))

@@ -19,7 +19,7 @@ from longcat_sim.profiling.suites import one_device, own_shapes
 from longcat_sim.records.measurement import StepMeasurement
 from longcat_sim.simulation.contention import MeasuredLaw, NoContention
 from longcat_sim.simulation.lanes import LaneEngine
-from longcat_sim.simulation.program import build_program
+from longcat_sim.simulation.program import Program, build_program
 from longcat_sim.specs.model import ModelSpec
 from longcat_sim.studies.beside import ExchangeRates
 
@@ -64,9 +64,26 @@ def predict_s(times: OpTimesLike, spec: ModelSpec, step: StepMeasurement, rates:
             op_rate, exchange_rate = rates.of(shape.typical(), step.exchange_sms)
             for exchange in COMMUNICATION:
                 pairs[shape.name, exchange], pairs[exchange, shape.name] = op_rate, exchange_rate
+    _wait_behind_products(program)
     # the law knows ops by kind: here each of the step's own
     program.items = [item if item.is_collective else replace(item, kind=item.name) for item in program.items]
     return LaneEngine(program, MeasuredLaw(pairs, {}, NoContention())).run().step_s
+
+
+def _wait_behind_products(program: Program) -> None:
+    """Let an exchange wait for the product that is launched with it.
+
+    The compute stream needs no event of another stream, so that its product comes first and takes all SMs; blocks of
+    the exchange get theirs when it ends. Without this the steps of ``gpu-campaign`` whose exchange takes longest come
+    out 6 and 8 % short.
+    """
+    lane = program.order[0]
+    for i, item in enumerate(program.items):
+        if item.is_collective and item.lane:
+            after = max(lane.index(w) for w in item.waits if program.items[w].lane == 0)
+            beside = lane[after + 1] if after + 1 < len(lane) else -1
+            if beside >= 0 and program.items[beside].kind == "gemm":
+                program.items[i] = replace(item, waits=tuple(sorted({*item.waits, beside})))
 
 
 def _blocks(spec: ModelSpec, step: StepMeasurement) -> list[Block]:
