@@ -3,8 +3,10 @@
 import time
 
 import numpy as np
+import pytest
 
 from longcat_sim.calibration import OpTimes
+from longcat_sim.calibration.published import published_measurements
 from longcat_sim.ops import OpArrays, op
 from longcat_sim.specs.hardware import load_hardware
 
@@ -25,3 +27,18 @@ def test_many_ops_cost_far_less_than_one_by_one(capsys) -> None:
     with capsys.disabled():
         print(f"\nseconds_many {many * 1e6:.2f} us per op, seconds {one * 1e6:.1f} us per op")
     assert many < one / 5
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_rows_are_fitted_in_seconds(capsys) -> None:
+    """All published rows of a B200: 64 draws and the three held-out splits."""
+    pytest.importorskip("aiconfigurator_core")
+    pytest.importorskip("pyarrow")
+    hardware = load_hardware("b200-sxm")
+    rows, _, _ = published_measurements(hardware, None, None)
+    start = time.perf_counter()
+    OpTimes.fit(rows, hardware)
+    spent = time.perf_counter() - start
+    with capsys.disabled():
+        print(f"\n{len(rows)} rows fitted in {spent:.1f} s, {spent * 1e5 / len(rows):.1f} s for 100,000")
+    assert spent * 1e5 / len(rows) < 60

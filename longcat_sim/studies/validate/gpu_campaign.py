@@ -92,7 +92,7 @@ def _contention(beside: Sequence[Beside]) -> list[Row]:
         predicted, measured = (
             float(np.mean([getattr(one, key) for one in found])) for key in ("predicted", "measured")
         )
-        note = f"{len(found)} sizes" if len(found) > 1 else ""
+        note = f"{len(found)} size{'s' * (len(found) > 1)}; error is a difference"
         rows.append(Row(f"rate of {name} beside {neighbour}", "of alone", predicted, measured,
                         error=predicted - measured, note=note))  # fmt: skip
     return rows
