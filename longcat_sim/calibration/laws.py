@@ -71,7 +71,7 @@ class Law:
     58 % of the data sheet's FLOP at 2^37, still 58 % at 2^41), which losses that shrink with size would not say."""
     turned: Callable[[tuple[FloatArray, ...]], tuple[FloatArray, ...]] | None = None
     """Coordinates -> others in which neighbours may be more alike; the data chooses. Of experts it can be the rows of
-    each, and not of all together, that choose kernels and fill tiles (H100, torch: held out 3.9 instead of 4.3 %)."""
+    each, and not of all together, that choose kernels and fill tiles (torch's grouped product on an H100)."""
 
 
 def _ceil(x: Any) -> Any:

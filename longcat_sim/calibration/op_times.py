@@ -240,7 +240,10 @@ class OpTimes:
             else:
                 continue
             names[says].append(name)
-        return [f"{', '.join(same)}: {says}" for says, same in names.items()]
+        found = [f"{', '.join(same)}: {says}" for says, same in names.items()]
+        if self.hardware.has_own_kernels and self.hardware.sm_count != 1:
+            found.insert(0, f"{self.hardware.name}: kernels of the executable model (torch), slower than an engine's")
+        return found
 
     def _links(self) -> Any:
         return self.collectives_ if self.collectives_ is not None else self._sheet

@@ -24,7 +24,7 @@ from longcat_sim.profiling.collectives import (
     run_suites,
 )
 from longcat_sim.profiling.environment import here
-from longcat_sim.profiling.kernels import TORCH_DTYPES, Place
+from longcat_sim.profiling.place import TORCH_DTYPES, Place
 from longcat_sim.profiling.profile import (
     CPU_DTYPE,
     CUDA_DTYPE,
@@ -57,7 +57,7 @@ GPU_PLAN: Plan = (
     ("decode", "deepseek-v3", 0.16),
     ("prefill", "deepseek-v3", 0.04),
 )
-"""(suite, model, share of the time), in order of value."""
+"""(suite, model, weight of its share of the time), in order of value."""
 CPU_PLAN: Plan = (
     ("decode", "longcat-cpu-64e", 0.30),
     ("experts", "longcat-cpu-64e", 0.15),
@@ -174,7 +174,7 @@ class _Campaign:
         dtype = torch.bfloat16 if self.on_gpu else torch.float32
         model = LongcatFlash(model_spec(name), device=self.place, dtype=dtype, seed=0)
         if exchanged:
-            self.steps += measure_exchanges(model, name, budget_s=box_s)
+            self.steps += measure_exchanges(model, name, budget_s=box_s, failed=self.result.failed)
         else:
             self.steps += measure_steps(model, name, GPU_STEPS if self.on_gpu else POINTS[:5], budget_s=box_s)
 

@@ -23,8 +23,8 @@ import torch.multiprocessing as mp
 
 from longcat_sim.errors import MeasurementError
 from longcat_sim.ops.op import Op, op
-from longcat_sim.profiling.kernels import TORCH_DTYPES, Place
 from longcat_sim.profiling.kernels import gemm as build_gemm
+from longcat_sim.profiling.place import TORCH_DTYPES, Place
 from longcat_sim.profiling.timing import Samples, measurement
 from longcat_sim.records.measurement import Environment, Measurement, load_measurements, save_measurements
 from longcat_sim.specs.model import ModelSpec

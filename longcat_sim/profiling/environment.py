@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import subprocess
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -40,9 +41,10 @@ def here(device: torch.device) -> Environment:
     )
 
 
+@lru_cache(maxsize=8)
 def _clock_under_load(device: torch.device) -> float:
-    """Return the SM clock [MHz] while products run; an idle GPU's says nothing."""
-    square = torch.ones(4096, 4096, device=device, dtype=torch.bfloat16)
+    """Return the SM clock [MHz] while products run; an idle GPU's says nothing. Asked once a process."""
+    square = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
     for _ in range(LOAD_PRODUCTS):
         square @ square
     clock = float(torch.cuda.clock_rate(device))

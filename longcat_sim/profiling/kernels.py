@@ -8,11 +8,8 @@ copies with the router. Weights rotate through several copies, as layers do; act
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import count as count_from
 from itertools import cycle
 from typing import Any
 
@@ -27,18 +24,12 @@ from longcat_sim.model.layers import RMSNorm, rotate, swiglu
 from longcat_sim.model.longcat import ABSORBED, LongcatFlash
 from longcat_sim.model.sparse import Rows, attend, index_scores
 from longcat_sim.ops.op import Op, loop_back_sms
+from longcat_sim.profiling.place import POOL_BYTES, Place
 from longcat_sim.profiling.timing import Run
 from longcat_sim.specs.model import ModelSpec
 
-POOL_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
-"""Weights are cut from a pool of this size in turn: more than a last-level cache holds, several times over where one
-weight fills much of it."""
-STRIDE_BYTES = 40 << 20
-"""Each op starts this much further on, where the ops before it have not just read. Without it decode steps of one
-sequence came out at a quarter of their time."""
-FP8_COPIES = 8
-"""Most copies of fp8 weights to rotate through (a GPU's L2 is flushed before each sample anyway)."""
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FP8_COPIES = 20
+"""Most copies of fp8 weights to rotate through: as many as a graph holds calls."""
 
 
 @dataclass(frozen=True)
@@ -48,35 +39,6 @@ class Timed:
     run: Run
     less: tuple[Run, ...] = ()
     divide: int = 1
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where and in what to run."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    def values(self, *shape: int) -> Tensor:
-        """Return a tensor of small random values."""
-        return torch.randn(*shape, device=self.device, dtype=self.dtype).mul_(0.02)
-
-    def copies(self, *shape: int) -> Iterator[Tensor]:
-        """Return an endless turn through tensors of ``shape`` that together outgrow a cache: views of one pool."""
-        size = math.prod(shape)
-        pool = _pool(self.device, self.dtype, max(POOL_BYTES[self.device.type] // self.dtype.itemsize, size))
-        count = max(1, len(pool) // size)
-        first = next(_starts) * (STRIDE_BYTES // self.dtype.itemsize) // size
-        order = [(first + at) % count for at in range(min(count, 512))]
-        return cycle([pool[at * size : (at + 1) * size].view(shape) for at in order])
-
-
-_starts = count_from(0)
-
-
-@lru_cache(maxsize=2)
-def _pool(device: torch.device, dtype: torch.dtype, size: int) -> Tensor:
-    return torch.randn(size, device=device, dtype=dtype).mul_(0.02)
 
 
 def _size(op: Op, name: str) -> int:
@@ -216,13 +178,14 @@ def _concat_keys(spec: ModelSpec, place: Place, rows: int) -> Run:
 def norm(op: Op, spec: ModelSpec, place: Place) -> Timed:
     """Return the norm; the variant ``residual`` has the add in front of it, which GPU engines fuse.
 
-    The norms of latents read columns of a wider product and scale by a gain, as in ``MLA.project``.
+    The norms of latents read columns of a wider product and may scale by a gain, as in ``MLA.project``.
     """
     rows, width = _size(op, "rows"), _size(op, "width")
     layer = RMSNorm(width, 1e-5, device=place.device, dtype=place.dtype)
-    if spec.is_mla and width in (spec.q_lora_rank, spec.kv_lora_rank):
+    latent = {spec.q_lora_rank: spec.mla_scale_q_lora * 0.5, spec.kv_lora_rank: spec.mla_scale_kv_lora}
+    if spec.is_mla and width in latent and not op.variant:
         wide = place.values(rows, spec.q_lora_rank + spec.kv_lora_rank + spec.qk_rope_head_dim)
-        return Timed(lambda: layer(wide[:, :width], 0.5))
+        return Timed(lambda: layer(wide[:, :width], latent[width]))
     x, y = place.values(rows, width), place.values(rows, width)
     if op.variant == "residual":
         return Timed(lambda: layer(x + y))

@@ -14,7 +14,8 @@ import torch
 from longcat_sim.errors import MeasurementError
 from longcat_sim.ops.op import Op
 from longcat_sim.profiling.environment import here
-from longcat_sim.profiling.kernels import BUILDERS, TORCH_DTYPES, Place, Timed
+from longcat_sim.profiling.kernels import BUILDERS, Timed
+from longcat_sim.profiling.place import TORCH_DTYPES, Place
 from longcat_sim.profiling.suites import DENSE, FULL, SUITES, Grid, reuse_bytes, suite_ops
 from longcat_sim.profiling.timing import Clock, Samples, first_line, measurement
 from longcat_sim.records.measurement import (

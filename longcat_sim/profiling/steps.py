@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ import torch
 from longcat_sim.model.cache import LatentCache
 from longcat_sim.model.layer import Step
 from longcat_sim.model.longcat import ABSORBED, LongcatFlash
-from longcat_sim.profiling.timing import Clock, Run, Samples
+from longcat_sim.profiling.timing import Clock, Run, Samples, first_line
 from longcat_sim.records.measurement import StepMeasurement
 from longcat_sim.records.routing import RoutingTrace
 
@@ -28,14 +28,23 @@ POINTS: tuple[Point, ...] = (
     ("prefill", 1, 48), ("prefill", 1, 200), ("prefill", 2, 160), ("decode", 8, 900), ("prefill", 3, 128),
 )  # fmt: skip
 """Between the sizes that the small suites measure."""
-Exchanged = tuple[int, int, int | float]
-"""(sequences, context, SMs that copy or seconds that pass) of a decode step of one layer with exchanges that loop
-back."""
-EXCHANGED: tuple[Exchanged, ...] = (
-    (128, 1000, 100e-6), (128, 1000, 250e-6), (128, 1000, 500e-6), (64, 2000, 200e-6), (256, 500, 300e-6),
-    (256, 500, 800e-6), (24, 4000, 150e-6),
-    (128, 1000, 1), (128, 1000, 2), (128, 1000, 4), (128, 1000, 16), (64, 2000, 1), (64, 2000, 4), (256, 500, 2),
-    (256, 500, 8),
+
+
+class Exchanged(NamedTuple):
+    """A decode step of one layer whose exchanges loop back: ``sms`` copy the rows, or ``pace_s`` pass."""
+
+    sequences: int
+    context: int
+    sms: int = 0
+    pace_s: float = 0.0
+
+
+EXCHANGED = (
+    *(Exchanged(128, 1000, pace_s=pace_s) for pace_s in (100e-6, 250e-6, 500e-6)),
+    Exchanged(64, 2000, pace_s=200e-6), Exchanged(256, 500, pace_s=300e-6), Exchanged(256, 500, pace_s=800e-6),
+    Exchanged(24, 4000, pace_s=150e-6),
+    *(Exchanged(128, 1000, sms) for sms in (1, 2, 4, 16)),
+    *(Exchanged(64, 2000, sms) for sms in (1, 4)), *(Exchanged(256, 500, sms) for sms in (2, 8)),
 )  # fmt: skip
 """From exchanges that take a tenth of the dense part beside them to some that take longer."""
 ROUNDS = 3
@@ -54,36 +63,52 @@ def measure_steps(
 
 
 def measure_exchanges(
-    model: LongcatFlash, name: str, points: Sequence[Exchanged] = EXCHANGED, *, budget_s: float = 20.0
-) -> list[StepMeasurement]:
+    model: LongcatFlash, name: str, points: Sequence[Exchanged] = EXCHANGED, *, budget_s: float = 20.0,
+    failed: dict[str, str] | None = None,
+) -> list[StepMeasurement]:  # fmt: skip
     """Return decode steps of a GPU whose exchanges loop back, under ``none`` and ``sbo``, without the output
     projection; the exchange's own time is measured in the same rounds.
+
+    ``failed`` takes what the library said of points that it could not run.
 
     Raises:
         RuntimeError: no Triton here.
     """
     try:
-        from longcat_sim.model.loop_back import LoopBack, by_few, paced
+        import longcat_sim.model.loop_back  # noqa: F401
     except ImportError as error:
         raise RuntimeError(f"exchanges by few SMs need Triton: {error}") from None
-    found = []
+    found: list[StepMeasurement] = []
     with torch.inference_mode():
-        for sequences, context, size in points:
-            tokens, planned, load = _planned(model, ("decode", sequences, context))
-            step = planned()
-            rows = torch.randn(sequences * model.spec.moe_topk, model.spec.hidden_size, device=model.device)
-            rows = rows.to(model.dtype)
-            exchange = by_few(size) if isinstance(size, int) else paced(size)
-            loops = [LoopBack(model, mode, exchange) for mode in ("none", "sbo")]
-            runs: list[Run] = [partial(exchange, rows)]
-            runs += [partial(_through, loop, model, tokens, step) for loop in loops]
-            alone, *both = _sampled(model.device, runs, budget_s / len(points))
-            moved: dict[str, Any] = {"exchange_s": Samples(alone).quantiles()[1], "exchange_bytes": float(rows.nbytes)}
-            moved["exchange_sms"] = size if isinstance(size, int) else 0
-            for loop, samples in zip(loops, both, strict=True):
-                one = _step(name, ("decode", sequences, context), samples, load)
-                found.append(replace(one, overlap=loop.schedule.name, **moved))
+        for point in points:
+            try:
+                found += _exchanged(model, name, point, budget_s / len(points))
+            except RuntimeError as error:  # no memory for this one: the others may run
+                if failed is not None:
+                    failed.setdefault(f"overlap of {point.sequences} sequences", first_line(error))
     return found
+
+
+def _exchanged(model: LongcatFlash, name: str, point: Exchanged, budget_s: float) -> list[StepMeasurement]:
+    from longcat_sim.model.loop_back import LoopBack, by_few, paced
+
+    tokens, planned, load = _planned(model, ("decode", point.sequences, point.context))
+    step = planned()
+    rows = torch.randn(point.sequences * model.spec.moe_topk, model.spec.hidden_size, device=model.device)
+    rows = rows.to(model.dtype)
+    exchange = by_few(point.sms) if point.sms else paced(point.pace_s)
+    loops = [LoopBack(model, mode, exchange) for mode in ("none", "sbo")]
+    runs: list[Run] = [partial(exchange, rows)]
+    runs += [partial(_through, loop, model, tokens, step) for loop in loops]
+    alone, *both = _sampled(model.device, runs, budget_s)
+    _, exchange_s, _ = Samples(alone).quantiles()
+    return [
+        replace(
+            _step(name, ("decode", point.sequences, point.context), samples, load), overlap=loop.schedule.name,
+            exchange_s=exchange_s, exchange_bytes=float(rows.nbytes), exchange_sms=point.sms,
+        )
+        for loop, samples in zip(loops, both, strict=True)
+    ]  # fmt: skip
 
 
 def _through(loop: Any, model: LongcatFlash, tokens: torch.Tensor, step: Step) -> None:

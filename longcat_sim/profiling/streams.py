@@ -18,7 +18,8 @@ import torch
 
 from longcat_sim.model.links import EXCHANGE_PRIORITY
 from longcat_sim.ops.op import Op, loop_back, op
-from longcat_sim.profiling.kernels import BUILDERS, Place
+from longcat_sim.profiling.kernels import BUILDERS
+from longcat_sim.profiling.place import Place
 from longcat_sim.profiling.suites import step_ops
 from longcat_sim.profiling.timing import Run, Samples, first_line, measurement
 from longcat_sim.records.measurement import Measurement
@@ -80,8 +81,11 @@ def measure_streams(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for first, second in stream_pairs(spec, place, dtype) if pairs is None else pairs:
+        pairs = stream_pairs(spec, place, dtype) if pairs is None else pairs
+        for number, (first, second) in enumerate(pairs):
             if time.monotonic() - begin > budget_s:
+                if failed is not None:
+                    failed["contention"] = f"the time box dropped {len(pairs) - number} of {len(pairs)} pairs"
                 break
             try:
                 with torch.inference_mode():
@@ -160,7 +164,9 @@ def _on_streams(sides: list[Side], calls: list[int], cycles: int = HEAD_START_CY
                         end.record(stream)
     late = begin.query()  # the device began before all was launched
     torch.cuda.synchronize()
-    if late and cycles < MOST_CYCLES:
+    if late and cycles >= MOST_CYCLES:
+        raise RuntimeError("the host launches too slowly for a GPU to run both without a gap")
+    if late:
         return _on_streams(sides, calls, 4 * cycles)
     return [start.elapsed_time(end) * 1e-3 for start, end in zip(starts, ends, strict=True)]
 

@@ -5,10 +5,11 @@ every layer. On a CPU that many bytes of weights are multiplied before every sam
 data nor the library's code is nearer than in a step. (Measured: a norm of one row 21 us in a tight loop, about 30 us
 in a step; routing and sort 66 us against 160 us.)
 
-What a GPU runs is replayed from a CUDA graph, as engines decode: between its kernels is the device's gap, not the
-host's launches. Only what waits for the device is launched call by call. Several rounds over all points, not all
-repetitions of a point at once: the drift of a shared machine then lands on every point alike, and shows as the spread
-between rounds.
+A GPU's weights and caches rotate through a pool that its L2 does not hold; activations stay, as a step has just
+written them. What a GPU runs is replayed from a CUDA graph, as engines decode: between its kernels is the device's
+gap, not the host's launches. Only what waits for the device is launched call by call. Several rounds over all points,
+not all repetitions of a point at once: the drift of a shared machine lands on every point alike, and shows as the
+spread between rounds.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class ExchangeRates:
             exchange = one.neighbour if one.neighbour.is_collective else one.op
             item = one.op if exchange is one.neighbour else one.neighbour
             if exchange.is_collective:
-                pair = self._rates[_sort(item)][item.flop].setdefault(loop_back_sms(exchange), [1.0, 1.0])
+                pair = self._rates[_sort(item)][_work(item)].setdefault(loop_back_sms(exchange), [1.0, 1.0])
                 pair[int(one.op is exchange)] = one.measured
 
     def of(self, item: Op, sms: int) -> tuple[float, float]:
@@ -98,7 +98,7 @@ class ExchangeRates:
             sizes = sorted(alike)
             pairs = [_between(alike[size], sms) for size in sizes]
             op_rate, exchange_rate = (
-                np.interp(np.log(item.flop), np.log(sizes), [pair[side] for pair in pairs]) for side in (0, 1)
+                np.interp(np.log(_work(item)), np.log(sizes), [pair[side] for pair in pairs]) for side in (0, 1)
             )
         return float(op_rate), float(exchange_rate)
 
@@ -106,6 +106,10 @@ class ExchangeRates:
 def _sort(item: Op) -> tuple:
     """Return what ops have in common whose rows alone differ."""
     return item.kind, item.variant, *(size for name, size in item.dims.items() if name not in ROWS)
+
+
+def _work(item: Op) -> float:
+    return item.flop or item.memory_bytes
 
 
 def _between(by_sms: Mapping[int, Sequence[float]], sms: int) -> list[float]:

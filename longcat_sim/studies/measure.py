@@ -76,18 +76,41 @@ def _sheet(name: str, target: Path, environment: Environment) -> HardwareSpec:
     packaged = [folder / f"{name}.yaml" for folder in profile_folders() if (folder / f"{name}.yaml").exists()]
     for known in [target] if target.exists() else packaged[:1]:
         hardware = load_hardware(known)
-        if (environment.kind == "cpu") != (hardware.sm_count == 1):
+        is_other = (environment.kind == "cpu") != (hardware.sm_count == 1)
+        if is_other or _card(environment.device) != _card(hardware.device):
             raise SpecError(
                 f"--name {name}: expected measurements of {hardware.device or name}, whose data sheet {known.name} "
                 f"holds; got those of {environment.device!r}; give the fit a name of its own, such as --name mine"
             )
+        if hardware.fit and not hardware.has_own_kernels:
+            raise SpecError(
+                f"--name {name}: expected a name of its own; got that of a profile whose fit is of published tables; "
+                f"give another, such as --name {name}-measured"
+            )
     if not target.exists():
-        if packaged:
-            text = packaged[0].read_text(encoding="utf-8")
-            write_text(target, text.split("\nfit:\n")[0] + "\n")
-        else:
+        sheet = packaged[0] if packaged else _sheet_of_card(environment)
+        if sheet is None:
             write_this_machine(name, target, environment)
+        else:
+            text = sheet.read_text(encoding="utf-8").split("\nfit:\n")[0] + "\n"
+            write_text(target, re.sub(r"^name: .*$", f"name: {name}", text, count=1, flags=re.MULTILINE))
     return load_hardware(target)
+
+
+def _card(device: str) -> tuple[str, bool] | None:
+    """Return (model, whether on PCIe) of a GPU's name, such as H100; None where it has none, as a CPU."""
+    found = re.search(r"\b[A-Z]+\d+[A-Z]*\b", device)
+    return (found[0], "PCIe" in device) if found else None
+
+
+def _sheet_of_card(environment: Environment) -> Path | None:
+    """Return the packaged profile of the same GPU, for a file that was measured elsewhere; None for a CPU."""
+    card = _card(environment.device) if environment.kind == "cuda" else None
+    for folder in profile_folders():
+        for path in sorted(folder.glob("*.yaml")):
+            if card is not None and _card(load_hardware(path).device) == card:
+                return path
+    return None
 
 
 def write_this_machine(name: str, target: Path, environment: Environment | None = None) -> HardwareSpec:

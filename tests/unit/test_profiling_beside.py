@@ -13,7 +13,8 @@ from longcat_sim.errors import MeasurementError, SpecError
 from longcat_sim.ops import op
 from longcat_sim.ops.op import Op
 from longcat_sim.profiling.campaign import run_campaign
-from longcat_sim.profiling.kernels import BUILDERS, Place
+from longcat_sim.profiling.kernels import BUILDERS
+from longcat_sim.profiling.place import Place
 from longcat_sim.profiling.profile import profile
 from longcat_sim.profiling.streams import measure_streams, stream_pairs
 from longcat_sim.profiling.suites import Grid, suite_ops
@@ -173,3 +174,21 @@ def test_drafts_do_not_change_the_decode_kernel(heads: int, drafts: int, variant
     model = model_spec("qwen3-32b").replace(num_attention_heads=heads, num_key_value_heads=8 if heads == 64 else heads)
     _, core = attention(model, Deployment(num_gpus=1), StepSize("decode", 4, 1 + drafts, 4096))
     assert next(shape for shape in core if shape.kind == "gqa_decode").variant == variant
+
+
+def test_pairs_that_the_time_box_drops_are_named() -> None:
+    failed: dict[str, str] = {}
+    assert measure_streams(TINY, CPU, "fp32", budget_s=-1.0, failed=failed) == []
+    assert failed["contention"] == "the time box dropped 10 of 10 pairs"
+
+
+def test_a_fit_goes_into_no_profile_of_another_card_or_of_published_tables(tmp_path: Path) -> None:
+    campaign = Path("hardware_profiles/h100-sxm-measured.jsonl")
+    if not campaign.exists():
+        pytest.skip("not run from the repository")
+    for name, match in (("b200-sxm", "expected measurements of NVIDIA B200"), ("h100-sxm", "h100-sxm-measured")):
+        with pytest.raises(SpecError, match=match):
+            calibrate(campaign, name)
+    calibrate(campaign, "mine", tmp_path / "mine.yaml", draws=2)  # the data sheet of the same card
+    mine = load_hardware(tmp_path / "mine.yaml")
+    assert (mine.name, mine.sm_count, mine.has_own_kernels) == ("mine", 132, True)

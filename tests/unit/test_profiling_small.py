@@ -3,7 +3,8 @@ import torch
 
 from longcat_sim.errors import MeasurementError
 from longcat_sim.profiling import profile
-from longcat_sim.profiling.kernels import BUILDERS, Place, spread_rows
+from longcat_sim.profiling.kernels import BUILDERS, spread_rows
+from longcat_sim.profiling.place import Place
 from longcat_sim.profiling.suites import SUITES, Grid, step_ops, suite_ops
 from longcat_sim.profiling.timing import Samples
 from longcat_sim.records.measurement import load_measurements
