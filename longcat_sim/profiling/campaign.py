@@ -39,7 +39,7 @@ from longcat_sim.profiling.profile import (
 from longcat_sim.profiling.steps import POINTS, measure_exchanges, measure_steps
 from longcat_sim.profiling.streams import measure_streams
 from longcat_sim.profiling.suites import ALL_SUITES, FULL, SMALL, Grid
-from longcat_sim.profiling.timing import first_line
+from longcat_sim.profiling.timing import first_line, one_thread
 from longcat_sim.records.measurement import Measurement, StepMeasurement, load_measurements, save_measurements
 from longcat_sim.specs.model import model_spec
 
@@ -92,13 +92,10 @@ def run_campaign(
         MeasurementError: an unknown suite or device, or ``out`` holds another device's measurements.
     """
     place = join_group(pick_device(device))
-    threads = torch.get_num_threads()
-    if place.type == "cpu":
-        torch.set_num_threads(1)
     try:
-        return _Campaign(Path(out), place, progress, grid).run(plan, budget_s)
+        with one_thread(place):
+            return _Campaign(Path(out), place, progress, grid).run(plan, budget_s)
     finally:
-        torch.set_num_threads(threads)
         leave_group()
 
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from longcat_sim.profiling.environment import here
-from longcat_sim.profiling.timing import Clock
+from longcat_sim.profiling.timing import Clock, one_thread
 from longcat_sim.records.files import write_text
 from longcat_sim.units import show
 
@@ -26,14 +26,9 @@ def describe_machine(name: str, device: torch.device, dtype: str = "") -> dict[s
     """Return the profile (schema, name, datasheet) of this machine's device; one thread on a CPU."""
     environment = here(device)
     date = datetime.date.today().isoformat()
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
+    with one_thread(device):
         rates = _peaks(device)
         bandwidth = _bandwidth(device)
-    finally:
-        torch.set_num_threads(threads)
     sheet: dict[str, Any] = {
         "device": environment.device + (", one core" if device.type == "cpu" else ""),
         "peak": {kind: show(rate, "FLOP/s") for kind, rate in rates.items()},

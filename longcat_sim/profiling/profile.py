@@ -17,7 +17,7 @@ from longcat_sim.profiling.environment import here
 from longcat_sim.profiling.kernels import BUILDERS, Timed
 from longcat_sim.profiling.place import TORCH_DTYPES, Place
 from longcat_sim.profiling.suites import DENSE, FULL, SUITES, Grid, reuse_bytes, suite_ops
-from longcat_sim.profiling.timing import Clock, Samples, first_line, measurement
+from longcat_sim.profiling.timing import Clock, Samples, first_line, measurement, one_thread
 from longcat_sim.records.measurement import (
     UNSTABLE_SPREAD,
     Environment,
@@ -121,16 +121,9 @@ def profile(
     place_on = pick_device(device) if isinstance(device, str) else device
     dtype = dtype or (CUDA_DTYPE if place_on.type == "cuda" else CPU_DTYPE)
     grid = grid or (FULL if place_on.type == "cuda" else DENSE)
-    threads = torch.get_num_threads()
-    if place_on.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            return _Run(Place(place_on, TORCH_DTYPES[dtype]), spec, budget_s, progress, out).measure(
-                names, grid, dtype, resume
-            )
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(place_on), torch.inference_mode():
+        run = _Run(Place(place_on, TORCH_DTYPES[dtype]), spec, budget_s, progress, out)
+        return run.measure(names, grid, dtype, resume)
 
 
 def check_suites(names: Iterable[str], known: Iterable[str]) -> None:

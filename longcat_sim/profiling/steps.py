@@ -17,7 +17,7 @@ import torch
 from longcat_sim.model.cache import LatentCache
 from longcat_sim.model.layer import Step
 from longcat_sim.model.longcat import ABSORBED, LongcatFlash
-from longcat_sim.profiling.timing import Clock, Run, Samples, first_line
+from longcat_sim.profiling.timing import Clock, Run, Samples, first_line, one_thread
 from longcat_sim.records.measurement import StepMeasurement
 from longcat_sim.records.routing import RoutingTrace
 
@@ -54,7 +54,7 @@ def measure_steps(
     model: LongcatFlash, name: str, points: Sequence[Point] = POINTS, *, budget_s: float = 20.0
 ) -> list[StepMeasurement]:
     """Return the time of each step, in rounds over all points; the experts' loads are recorded beside."""
-    with torch.inference_mode():
+    with torch.inference_mode(), one_thread(model.device):
         runs = [_prepared(model, point) for point in points]
         rounds = _sampled(model.device, [run for run, _ in runs], budget_s)
     return [
@@ -117,18 +117,12 @@ def _through(loop: Any, model: LongcatFlash, tokens: torch.Tensor, step: Step) -
 
 
 def _sampled(device: torch.device, runs: Sequence[Run], budget_s: float) -> list[list[list[float]]]:
-    """Return the seconds of each run, a list per round; all runs once in each round, one thread on a CPU."""
+    """Return the seconds of each run, a list per round; all runs once in each round."""
     clock = Clock(device)
     samples: list[list[list[float]]] = [[] for _ in runs]
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        for _ in range(ROUNDS):
-            for index, run in enumerate(runs):
-                samples[index].append(clock.sample(run, budget_s / (ROUNDS * len(runs)), at_least=2, at_most=20))
-    finally:
-        torch.set_num_threads(threads)
+    for _ in range(ROUNDS):
+        for index, run in enumerate(runs):
+            samples[index].append(clock.sample(run, budget_s / (ROUNDS * len(runs)), at_least=2, at_most=20))
     return samples
 
 

@@ -21,7 +21,7 @@ from longcat_sim.ops.op import Op, loop_back, op
 from longcat_sim.profiling.kernels import BUILDERS
 from longcat_sim.profiling.place import Place
 from longcat_sim.profiling.suites import step_ops
-from longcat_sim.profiling.timing import Run, Samples, first_line, measurement
+from longcat_sim.profiling.timing import Run, Samples, first_line, measurement, one_thread
 from longcat_sim.records.measurement import Measurement
 from longcat_sim.specs.model import ModelSpec
 
@@ -78,25 +78,19 @@ def measure_streams(
     together = _on_streams if place.device.type == "cuda" else _on_threads
     target = SIDE_S[place.device.type]
     found: list[Measurement] = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        pairs = stream_pairs(spec, place, dtype) if pairs is None else pairs
+    pairs = stream_pairs(spec, place, dtype) if pairs is None else pairs
+    with one_thread(place.device), torch.inference_mode():
         for number, (first, second) in enumerate(pairs):
             if time.monotonic() - begin > budget_s:
                 if failed is not None:
                     failed["contention"] = f"the time box dropped {len(pairs) - number} of {len(pairs)} pairs"
                 break
             try:
-                with torch.inference_mode():
-                    sides = [Side(BUILDERS[item.kind](item, spec, place).run, item.is_collective)
-                             for item in (first, second)]  # fmt: skip
-                    found += _pair((first, second), sides, together, target)
+                runs = [(BUILDERS[item.kind](item, spec, place).run, item.is_collective) for item in (first, second)]
+                found += _pair((first, second), [Side(*run) for run in runs], together, target)
             except RuntimeError as error:  # a kernel that is not there, or no memory: the other pairs may run
                 if failed is not None:
                     failed.setdefault(f"contention of {first.kind} {first.dtype}", first_line(error))
-    finally:
-        torch.set_num_threads(threads)
     return found
 
 

@@ -15,7 +15,8 @@ spread between rounds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -76,6 +77,18 @@ def measurement(
         stable=samples.spread <= UNSTABLE_SPREAD, alongside=alongside, overlapped=overlapped,
         block_s=tuple(Samples([part]).quantiles()[0] for part in samples.rounds),
     )  # fmt: skip
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """Let a CPU compute with one thread, from before the first run on: another one would go on spinning."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def first_line(error: Exception) -> str:
