@@ -17,7 +17,13 @@ def run(
     out: Annotated[Path, typer.Option(help="Measurements, JSON Lines; an existing file of this device is resumed.")],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     suite: Annotated[list[str] | None, typer.Option("--suite", help="Only this suite. Repeatable.")] = None,
-    campaign: Annotated[bool, typer.Option("--campaign", help="All suites at full-size shapes, by value.")] = False,
+    campaign: Annotated[
+        bool,
+        typer.Option(
+            "--campaign",
+            help="All suites, by value; meant for an 80 GB GPU.",
+        ),
+    ] = False,
     model: Annotated[str | None, typer.Option(help="Take the shapes of this model.")] = None,
     budget_s: Annotated[
         float, typer.Option(min=0.0, help="Time box in s; what it drops is said. 0: 120, a campaign 480.")
@@ -50,4 +56,6 @@ def run(
                     out, device=device, budget_s=budget_s or BUDGET_S, progress=progress, plan=plan, grid=grid
                 )
     if os.environ.get("RANK", "0") == "0":  # of torchrun's ranks the first writes
-        say(found.summary() + (f"; written to {out}" if out.exists() else "; nothing to write"))
+        if not out.exists():
+            raise MeasurementError(f"--out {out}: expected at least one point; got none: {found.summary()}")
+        say(f"{found.summary()}; written to {out}")

@@ -55,10 +55,11 @@ def test_overlap_with_paced_exchanges_comes_out_of_the_lanes(section):
 
 
 def test_measured_contention_explains_exchanges_that_take_sms(section, times):
-    found = [row for row in section.rows if "SMs copy" in row.quantity and row.quantity.endswith("sbo")]
+    found = [row for row in section.rows if "copying" in row.quantity and row.quantity.endswith("sbo")]
     assert len(found) == 8
     assert np.median([abs(row.error) for row in found]) <= 0.03
     assert max(abs(row.error) for row in found) <= 0.06
+    assert all("without the wait" in row.note for row in found)
     # an exchange that outlasts the dense part: without contention the step comes out far too short
     path = next(f / "h100-sxm-measured.jsonl" for f in gpu_campaign.profile_folders())
     steps = gpu_campaign.load_measurements(path).steps

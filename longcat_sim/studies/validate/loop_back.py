@@ -49,10 +49,14 @@ class ExchangeTimes:
         return "measured" if op.is_collective else self.ops.tag(op)
 
 
-def predict_s(times: OpTimesLike, spec: ModelSpec, step: StepMeasurement, rates: ExchangeRates | None = None) -> float:
+def predict_s(
+    times: OpTimesLike, spec: ModelSpec, step: StepMeasurement, rates: ExchangeRates | None = None, *,
+    waits: bool = True,
+) -> float:  # fmt: skip
     """Return the predicted time of a step whose exchanges loop back, without the output projection.
 
-    ``rates``: measured rates of ops beside exchanges that take SMs; without, nothing slows anything.
+    ``rates``: measured rates of ops beside exchanges that take SMs; without, nothing slows anything. ``waits``: whether
+    an exchange waits behind the product launched with it.
     """
     blocks = _blocks(spec, step)
     program = build_program(blocks, ExchangeTimes(times, step.exchange_s))
@@ -64,7 +68,8 @@ def predict_s(times: OpTimesLike, spec: ModelSpec, step: StepMeasurement, rates:
             op_rate, exchange_rate = rates.of(shape.typical(), step.exchange_sms)
             for exchange in COMMUNICATION:
                 pairs[shape.name, exchange], pairs[exchange, shape.name] = op_rate, exchange_rate
-    _wait_behind_products(program)
+    if waits:
+        _wait_behind_products(program)
     # the law knows ops by kind: here each of the step's own
     program.items = [item if item.is_collective else replace(item, kind=item.name) for item in program.items]
     return LaneEngine(program, MeasuredLaw(pairs, {}, NoContention())).run().step_s

@@ -66,6 +66,10 @@ def run() -> Section:
         section.rows.append(
             Row(f"{group}: held by 90 % interval", "ratio", held, error=held - 0.9, passed=judged, note=note)
         )
+    section.notes.append(
+        "random: a fifth of the sizes left out, at random; random p10: the same, 10th percentiles; largest, dimension: "
+        "the largest sizes or all of one value left out; fitted: on the very points"
+    )
     if not section.rows:
         section.skipped = "no packaged profile has a fit"
     return section

@@ -60,8 +60,9 @@ class Section:
         lines = [self.title, "-" * len(self.title)]
         if self.skipped:
             lines.append(f"skipped: {self.skipped}")
+        width = min(MOST_WIDTH, max([LEAST_WIDTH, *(len(row.quantity) for row in self.rows)]))
         if self.rows:
-            lines.append(_line("quantity", "unit", "predicted", "compared with", "error", "limit", ""))
+            lines.append(_line(width, "quantity", "unit", "predicted", "compared with", "error", "limit", ""))
         for row in self.rows:
             shown = f"{row.predicted:.4g}"
             if row.low is not None and row.high is not None:
@@ -70,7 +71,12 @@ class Section:
             error = "" if row.error is None else f"{row.error:+.1%}"
             limit = "" if row.limit is None else f"{row.limit:.1%}"
             verdict = {True: "ok", False: "MISSED", None: ""}[row.passed]
-            lines.append(_line(row.quantity, row.unit, shown, against, error, limit, f"{verdict} {row.note}".strip()))
+            lines.append(
+                _line(width, row.quantity, row.unit, shown, against, error, limit, f"{verdict} {row.note}".strip())
+            )
+        judged = [row.passed for row in self.rows if row.passed is not None]
+        if judged:
+            lines.append(f"{sum(judged)} of {len(judged)} rows with a limit keep it")
         return "\n".join([*lines, *(f"* {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
@@ -97,8 +103,12 @@ class Section:
         return f"<h4>{html.escape(self.title)}</h4>{skipped}{table}{notes}"
 
 
-def _line(quantity: str, unit: str, predicted: str, against: str, error: str, limit: str, note: str) -> str:
-    return f"{quantity:<46.46} {unit:<12.12} {predicted:>24} {against:>13} {error:>8} {limit:>6}  {note}".rstrip()
+LEAST_WIDTH, MOST_WIDTH = 46, 64
+"""Of the first column, in characters."""
+
+
+def _line(width: int, quantity: str, unit: str, predicted: str, against: str, error: str, limit: str, note: str) -> str:
+    return f"{quantity:<{width}.{width}} {unit:<12.12} {predicted:>24} {against:>13} {error:>8} {limit:>6}  {note}".rstrip()
 
 
 def worst(rows: Sequence[Row]) -> float:
