@@ -65,9 +65,8 @@ class Profiled(Sequence[Measurement]):
     def summary(self) -> str:
         """Return one line: points, unstable ones, and what was dropped."""
         unstable = sum(not row.stable for row in self.rows)
-        text = (
-            f"{len(self.rows)} points in {self.wall_s:.0f} s, {unstable} unstable (spread over {UNSTABLE_SPREAD:.0%})"
-        )
+        text = f"{len(self.rows)} points in {self.wall_s:.0f} s, {unstable} unstable"
+        text += f" (spread over {UNSTABLE_SPREAD:.0%})" if unstable else ""
         if self.fresh < len(self.rows):
             text += f"; {self.fresh} of them new"
         text += skipped_lines(self.skipped)

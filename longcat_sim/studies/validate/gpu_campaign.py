@@ -27,8 +27,8 @@ STEP_LIMIT = 0.05
 BIG_DIFFERENCE, WIDE = 0.15, 4.0
 ROOFED = ("gemm", "grouped_gemm", "mla_decode", "attention_prefill", "indexer", "topk", "sparse_mla")
 LEGEND = (
-    "none: each exchange after the compute before it; sbo: on a second stream, beside the dense part. Paced: time passes "
-    "and nothing moves; N SMs copying: the rows are copied by so many SMs, slowed and slowing as measured at other "
+    "none: each exchange after the compute before it; sbo: on a second stream, beside the dense part. Paced: time "
+    "passes and nothing moves; N SMs copying: the rows are copied by so many SMs, slowed and slowing as measured at other "
     "sizes. That a copy waits behind the product launched with it was found on these rows"
 )
 REASONS = {

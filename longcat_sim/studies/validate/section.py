@@ -71,6 +71,31 @@ class Section:
             error = "" if row.error is None else f"{row.error:+.1%}"
             limit = "" if row.limit is None else f"{row.limit:.1%}"
             verdict = {True: "ok", False: "MISSED", None: ""}[row.passed]
+            note = f"{verdict} {row.note}".strip()
+            lines.append(_line(width, row.quantity, row.unit, shown, against, error, limit, note))
+        judged = [row.passed for row in self.rows if row.passed is not None]
+        return all(judged) if judged else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the section as plain data."""
+        return {**asdict(self), "passed": self.passed}
+
+    def __str__(self) -> str:
+        """Return the table for people."""
+        lines = [self.title, "-" * len(self.title)]
+        if self.skipped:
+            lines.append(f"skipped: {self.skipped}")
+        width = min(MOST_WIDTH, max([LEAST_WIDTH, *(len(row.quantity) for row in self.rows)]))
+        if self.rows:
+            lines.append(_line(width, "quantity", "unit", "predicted", "compared with", "error", "limit", ""))
+        for row in self.rows:
+            shown = f"{row.predicted:.4g}"
+            if row.low is not None and row.high is not None:
+                shown += f" [{row.low:.4g}, {row.high:.4g}]"
+            against = "" if row.measured_or_published is None else f"{row.measured_or_published:.4g}"
+            error = "" if row.error is None else f"{row.error:+.1%}"
+            limit = "" if row.limit is None else f"{row.limit:.1%}"
+            verdict = {True: "ok", False: "MISSED", None: ""}[row.passed]
             lines.append(
                 _line(width, row.quantity, row.unit, shown, against, error, limit, f"{verdict} {row.note}".strip())
             )
@@ -108,7 +133,8 @@ LEAST_WIDTH, MOST_WIDTH = 46, 64
 
 
 def _line(width: int, quantity: str, unit: str, predicted: str, against: str, error: str, limit: str, note: str) -> str:
-    return f"{quantity:<{width}.{width}} {unit:<12.12} {predicted:>24} {against:>13} {error:>8} {limit:>6}  {note}".rstrip()
+    figures = f"{unit:<12.12} {predicted:>24} {against:>13} {error:>8} {limit:>6}"
+    return f"{quantity:<{width}.{width}} {figures}  {note}".rstrip()
 
 
 def worst(rows: Sequence[Row]) -> float:
