@@ -28,8 +28,8 @@ BIG_DIFFERENCE, WIDE = 0.15, 4.0
 ROOFED = ("gemm", "grouped_gemm", "mla_decode", "attention_prefill", "indexer", "topk", "sparse_mla")
 LEGEND = (
     "none: each exchange after the compute before it; sbo: on a second stream, beside the dense part. Paced: time "
-    "passes and nothing moves; N SMs copying: the rows are copied by so many SMs, slowed and slowing as measured at other "
-    "sizes. That a copy waits behind the product launched with it was found on these rows"
+    "passes and nothing moves; N SMs copying: the rows are copied by so many SMs, slowed and slowing as measured at "
+    "other sizes. That a copy waits behind the product launched with it was found on these rows"
 )
 REASONS = {
     "gemm fp8": "tables: one scale per 128 values, and the time holds the quantising of the rows; here one per tensor",

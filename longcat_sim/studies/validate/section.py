@@ -34,6 +34,10 @@ class Row:
             object.__setattr__(self, "passed", abs(self.error) <= self.limit)
 
 
+LEAST_WIDTH, MOST_WIDTH = 46, 64
+"""Of the first column, in characters."""
+
+
 @dataclass
 class Section:
     """A named table. ``passed`` is None where no row has a limit."""
@@ -74,32 +78,6 @@ class Section:
             note = f"{verdict} {row.note}".strip()
             lines.append(_line(width, row.quantity, row.unit, shown, against, error, limit, note))
         judged = [row.passed for row in self.rows if row.passed is not None]
-        return all(judged) if judged else None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the section as plain data."""
-        return {**asdict(self), "passed": self.passed}
-
-    def __str__(self) -> str:
-        """Return the table for people."""
-        lines = [self.title, "-" * len(self.title)]
-        if self.skipped:
-            lines.append(f"skipped: {self.skipped}")
-        width = min(MOST_WIDTH, max([LEAST_WIDTH, *(len(row.quantity) for row in self.rows)]))
-        if self.rows:
-            lines.append(_line(width, "quantity", "unit", "predicted", "compared with", "error", "limit", ""))
-        for row in self.rows:
-            shown = f"{row.predicted:.4g}"
-            if row.low is not None and row.high is not None:
-                shown += f" [{row.low:.4g}, {row.high:.4g}]"
-            against = "" if row.measured_or_published is None else f"{row.measured_or_published:.4g}"
-            error = "" if row.error is None else f"{row.error:+.1%}"
-            limit = "" if row.limit is None else f"{row.limit:.1%}"
-            verdict = {True: "ok", False: "MISSED", None: ""}[row.passed]
-            lines.append(
-                _line(width, row.quantity, row.unit, shown, against, error, limit, f"{verdict} {row.note}".strip())
-            )
-        judged = [row.passed for row in self.rows if row.passed is not None]
         if judged:
             lines.append(f"{sum(judged)} of {len(judged)} rows with a limit keep it")
         return "\n".join([*lines, *(f"* {note}" for note in self.notes)])
@@ -126,10 +104,6 @@ class Section:
         skipped = f"<p>Skipped: {html.escape(self.skipped)}</p>" if self.skipped else ""
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(cells)}</tbody></table>" if cells else ""
         return f"<h4>{html.escape(self.title)}</h4>{skipped}{table}{notes}"
-
-
-LEAST_WIDTH, MOST_WIDTH = 46, 64
-"""Of the first column, in characters."""
 
 
 def _line(width: int, quantity: str, unit: str, predicted: str, against: str, error: str, limit: str, note: str) -> str:
