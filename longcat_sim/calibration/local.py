@@ -17,9 +17,9 @@ from longcat_sim.ops.op import FloatArray
 NEIGHBOURS = 12
 BLOCK = 500
 """Targets solved at once: their matrices stay in a core's cache."""
-TRIALS, FOLDS = 400, 3
-"""Points that lengths are tried on at once, each guessed from all the others; and how often, on other points: the
-lengths of one draw of a few hundred made an error of 5.2 % or of 6.4 %."""
+TRIALS, FOLDS, FEW_TRIALS = 400, 3, 5
+"""Points that lengths are tried on at once, each guessed from all the others; how often, on other points, where there
+are fewer than five times as many: the lengths of one draw of a few hundred made an error of 5.2 % or of 6.4 %."""
 FEW_POINTS = 20
 """With fewer points lengths are not learned."""
 DEFAULT_OCTAVES, DEFAULT_NUGGET = 4.0, 0.05
@@ -86,15 +86,19 @@ def learn_smoothness(points: FloatArray, values: FloatArray, rng: np.random.Gene
         return smooth
     rows = rng.permutation(len(values))
     size = min(TRIALS, len(values) // 5)
-    trials = [rows[at : at + size] for at in range(0, len(rows) - size + 1, size)][:FOLDS]
+    trials = [rows[at : at + size] for at in range(0, len(rows) - size + 1, size)]
+    trials = trials[: FOLDS if len(values) < FEW_TRIALS * TRIALS else 1]
 
-    def loss(candidate: Smoothness) -> float:
+    def loss(candidate: Smoothness, most: float = np.inf) -> float:
+        """Return the mean error, or infinity as soon as it must exceed ``most``."""
         missed = 0.0
         for trial in trials:
             rest = np.ones(len(values), bool)
             rest[trial] = False
             guessed = krige(points[rest], values[rest], points[trial], candidate)
             missed += float(np.minimum(np.abs(guessed - values[trial]), WORST).mean())
+            if missed > most * len(trials):
+                return float("inf")
         return missed / len(trials)
 
     best = loss(smooth)
@@ -107,13 +111,13 @@ def learn_smoothness(points: FloatArray, values: FloatArray, rng: np.random.Gene
                         for axis, length in enumerate(smooth.octaves)
                     )
                     candidate = smooth._replace(octaves=octaves)
-                    found = loss(candidate) if octaves != smooth.octaves else best
+                    found = loss(candidate, best) if octaves != smooth.octaves else best
                     if found >= best - 1e-5:
                         break
                     best, smooth = found, candidate
         for factor in nuggets:
             candidate = smooth._replace(nugget=smooth.nugget * factor)
-            if (found := loss(candidate)) < best - 1e-5:
+            if (found := loss(candidate, best)) < best - 1e-5:
                 best, smooth = found, candidate
     return smooth._replace(loss=best)
 
