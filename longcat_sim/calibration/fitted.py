@@ -308,17 +308,9 @@ def _smoothness(
     turned = LAWS[kind].turned
     if turned is None:
         return _lengths(coordinates, residual, rng)
-    plain, other = (
-        _lengths(way, residual, trial)
-        for way, trial in zip((coordinates, turned(coordinates)), _twins(rng), strict=True)
-    )
+    seed = int(rng.integers(2**32))  # both are tried on the same points
+    plain, other = (_lengths(way, residual, np.random.default_rng(seed)) for way in (coordinates, turned(coordinates)))
     return other._replace(is_turned=True) if other.loss < plain.loss else plain
-
-
-def _twins(rng: np.random.Generator) -> tuple[np.random.Generator, np.random.Generator]:
-    """Return two generators of equal draws."""
-    seed = int(rng.integers(2**32))
-    return np.random.default_rng(seed), np.random.default_rng(seed)
 
 
 def _lengths(coordinates: tuple[FloatArray, ...], residual: FloatArray, rng: np.random.Generator) -> Smoothness:

@@ -19,7 +19,7 @@ BLOCK = 500
 """Targets solved at once: their matrices stay in a core's cache."""
 TRIALS, FOLDS, FEW_TRIALS = 400, 3, 5
 """Points that lengths are tried on at once, each guessed from all the others; how often, on other points, where there
-are fewer than five times as many: the lengths of one draw of a few hundred made an error of 5.2 % or of 6.4 %."""
+are fewer than five times as many: the lengths of one draw of a few hundred points are luck."""
 FEW_POINTS = 20
 """With fewer points lengths are not learned."""
 DEFAULT_OCTAVES, DEFAULT_NUGGET = 4.0, 0.05

@@ -244,8 +244,8 @@ class OpTimes:
         if self.hardware.has_own_kernels and self.hardware.sm_count != 1:
             found.insert(
                 0,
-                f"{self.hardware.name}: kernels of the executable model (torch), by kind a median of "
-                "1 to 4 times as slow as an engine's; profiles of published tables hold an engine's",
+                f"{self.hardware.name}: kernels of the executable model (torch), mostly slower than an engine's; "
+                "profiles of published tables hold an engine's",
             )
         return found
 

@@ -81,7 +81,7 @@ def measurement(
 
 @contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """Let a CPU compute with one thread, from before the first run on: another one would go on spinning."""
+    """Let a CPU compute with one thread."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)

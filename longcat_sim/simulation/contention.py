@@ -52,7 +52,7 @@ class MaxMin:
     0.82, 0.65 of their speed (this law: 1.0, 0.95, 0.59), the exchange beside them at 0.75, 0.67, 0.58 (this law: 1.0).
     Its few SMs ask for little memory, but each waits longer for it; published training traces say 0.57 and 0.77 too
     (``calibration.collectives.OVERLAP_RATES``). Two kernels that both fill all SMs share one GPU's worth, whatever they
-    are bound by: the rates of such pairs add up to 1.0, in favour of the one with the longer blocks.
+    are bound by: the rates of such pairs add up to 1.0 (a product and a pass).
 
     Source: max-min fairness, Bertsekas and Gallager, Data Networks, section 6.5.2; that collectives keep their SMs:
     the 20 and 112 of 132 SMs of deepseek-ai/profile-data train.json.

@@ -98,8 +98,8 @@ def _sheet(name: str, target: Path, environment: Environment) -> HardwareSpec:
 
 
 def _card(device: str) -> tuple[str, bool] | None:
-    """Return (model, whether on PCIe) of a GPU's name, such as H100; None where it has none, as a CPU."""
-    found = re.search(r"\b[A-Z]+\d+[A-Z]*\b", device)
+    """Return (model, whether on PCIe) of a GPU's name, such as H100 or RTX 4090; None where it has none, as a CPU."""
+    found = re.search(r"\b(?:RTX (?:PRO )?\d+|[A-Z]+\d+[A-Z]*)\b", device)
     return (found[0], "PCIe" in device) if found else None
 
 
