@@ -16,6 +16,7 @@ import torch.distributed as dist
 from longcat_sim.errors import UserError
 from longcat_sim.model.cache import LatentCache
 from longcat_sim.model.expert_parallel import ExpertParallel, expert_range
+from longcat_sim.model.heap import keep_freed_memory
 from longcat_sim.model.links import PacedLink, connect
 from longcat_sim.model.longcat import ABSORBED, LongcatFlash
 from longcat_sim.specs.model import ModelSpec
@@ -26,6 +27,7 @@ class Worker:
 
     def __init__(self, job: dict[str, Any], rank: int, folder: Path) -> None:
         torch.set_num_threads(1)
+        keep_freed_memory()
         self.job, self.rank = job, rank
         ranks = job["num_ranks"]
         spec = ModelSpec.model_validate(job["spec"])

@@ -39,7 +39,7 @@ from longcat_sim.profiling.profile import (
 from longcat_sim.profiling.steps import POINTS, measure_exchanges, measure_steps
 from longcat_sim.profiling.streams import measure_streams
 from longcat_sim.profiling.suites import ALL_SUITES, FULL, SMALL, Grid
-from longcat_sim.profiling.timing import first_line, one_thread
+from longcat_sim.profiling.timing import first_line, steady
 from longcat_sim.records.measurement import Measurement, StepMeasurement, load_measurements, save_measurements
 from longcat_sim.specs.model import model_spec
 
@@ -93,7 +93,7 @@ def run_campaign(
     """
     place = join_group(pick_device(device))
     try:
-        with one_thread(place):
+        with steady(place):
             return _Campaign(Path(out), place, progress, grid).run(plan, budget_s)
     finally:
         leave_group()

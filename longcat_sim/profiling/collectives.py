@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from longcat_sim.errors import MeasurementError
+from longcat_sim.model.heap import keep_freed_memory
 from longcat_sim.ops.op import Op, op
 from longcat_sim.profiling.kernels import gemm as build_gemm
 from longcat_sim.profiling.place import TORCH_DTYPES, Place
@@ -243,6 +244,7 @@ def _free_port() -> int:
 def _rank(rank: int, ranks: int, port: int, out: str, suites: list[str], spec: ModelSpec, budget_s: float) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    keep_freed_memory()
     dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=TIMEOUT_S))
     try:
         with torch.inference_mode():

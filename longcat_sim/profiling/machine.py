@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from longcat_sim.profiling.environment import here
-from longcat_sim.profiling.timing import Clock, one_thread
+from longcat_sim.profiling.timing import Clock, steady
 from longcat_sim.records.files import write_text
 from longcat_sim.units import show
 
@@ -26,7 +26,7 @@ def describe_machine(name: str, device: torch.device, dtype: str = "") -> dict[s
     """Return the profile (schema, name, datasheet) of this machine's device; one thread on a CPU."""
     environment = here(device)
     date = datetime.date.today().isoformat()
-    with one_thread(device):
+    with steady(device):
         rates = _peaks(device)
         bandwidth = _bandwidth(device)
     sheet: dict[str, Any] = {

@@ -17,7 +17,7 @@ from longcat_sim.profiling.environment import here
 from longcat_sim.profiling.kernels import BUILDERS, Timed
 from longcat_sim.profiling.place import TORCH_DTYPES, Place
 from longcat_sim.profiling.suites import DENSE, FULL, SUITES, Grid, reuse_bytes, suite_ops
-from longcat_sim.profiling.timing import Clock, Samples, first_line, measurement, one_thread
+from longcat_sim.profiling.timing import Clock, Samples, first_line, measurement, steady
 from longcat_sim.records.measurement import (
     UNSTABLE_SPREAD,
     Environment,
@@ -122,7 +122,7 @@ def profile(
     place_on = pick_device(device) if isinstance(device, str) else device
     dtype = dtype or (CUDA_DTYPE if place_on.type == "cuda" else CPU_DTYPE)
     grid = grid or (FULL if place_on.type == "cuda" else DENSE)
-    with one_thread(place_on), torch.inference_mode():
+    with steady(place_on), torch.inference_mode():
         run = _Run(Place(place_on, TORCH_DTYPES[dtype]), spec, budget_s, progress, out)
         return run.measure(names, grid, dtype, resume)
 

@@ -17,7 +17,7 @@ import torch
 from longcat_sim.model.cache import LatentCache
 from longcat_sim.model.layer import Step
 from longcat_sim.model.longcat import ABSORBED, LongcatFlash
-from longcat_sim.profiling.timing import Clock, Run, Samples, first_line, one_thread
+from longcat_sim.profiling.timing import Clock, Run, Samples, first_line, steady
 from longcat_sim.records.measurement import StepMeasurement
 from longcat_sim.records.routing import RoutingTrace
 
@@ -54,7 +54,7 @@ def measure_steps(
     model: LongcatFlash, name: str, points: Sequence[Point] = POINTS, *, budget_s: float = 20.0
 ) -> list[StepMeasurement]:
     """Return the time of each step, in rounds over all points; the experts' loads are recorded beside."""
-    with torch.inference_mode(), one_thread(model.device):
+    with torch.inference_mode(), steady(model.device):
         runs = [_prepared(model, point) for point in points]
         rounds = _sampled(model.device, [run for run, _ in runs], budget_s)
     return [

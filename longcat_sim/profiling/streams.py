@@ -21,7 +21,7 @@ from longcat_sim.ops.op import Op, loop_back, op
 from longcat_sim.profiling.kernels import BUILDERS
 from longcat_sim.profiling.place import Place
 from longcat_sim.profiling.suites import step_ops
-from longcat_sim.profiling.timing import Run, Samples, first_line, measurement, one_thread
+from longcat_sim.profiling.timing import Run, Samples, first_line, measurement, steady
 from longcat_sim.records.measurement import Measurement
 from longcat_sim.specs.model import ModelSpec
 
@@ -79,7 +79,7 @@ def measure_streams(
     target = SIDE_S[place.device.type]
     found: list[Measurement] = []
     pairs = stream_pairs(spec, place, dtype) if pairs is None else pairs
-    with one_thread(place.device), torch.inference_mode():
+    with steady(place.device), torch.inference_mode():
         for number, (first, second) in enumerate(pairs):
             if time.monotonic() - begin > budget_s:
                 if failed is not None:

@@ -23,6 +23,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from longcat_sim.model.heap import freed_memory_kept
 from longcat_sim.ops.op import Op
 from longcat_sim.records.measurement import UNSTABLE_SPREAD, Measurement
 
@@ -80,13 +81,16 @@ def measurement(
 
 
 @contextmanager
-def one_thread(device: torch.device) -> Iterator[None]:
-    """Let a CPU compute with one thread."""
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
+def steady(device: torch.device) -> Iterator[None]:
+    """Let a CPU compute with one thread, and keep the memory that it frees."""
+    if device.type != "cpu":
         yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with freed_memory_kept():
+            yield
     finally:
         torch.set_num_threads(threads)
 

@@ -1,3 +1,6 @@
+import ctypes
+import resource
+
 import pytest
 import torch
 
@@ -6,7 +9,7 @@ from longcat_sim.profiling import profile
 from longcat_sim.profiling.kernels import BUILDERS, spread_rows
 from longcat_sim.profiling.place import Place
 from longcat_sim.profiling.suites import SUITES, Grid, step_ops, suite_ops
-from longcat_sim.profiling.timing import Samples
+from longcat_sim.profiling.timing import Samples, steady
 from longcat_sim.records.measurement import load_measurements
 from longcat_sim.specs.model import model_spec
 
@@ -20,6 +23,23 @@ def test_the_suites_cover_every_op_of_a_step() -> None:
         queries = 1 if phase == "decode" else size
         missing = [item for item in step_ops(TINY, phase, batch, queries, size, "fp32") if item not in measured]
         assert not missing, f"{phase}: not measured: {missing[:3]}"
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library")
+def test_a_steady_cpu_keeps_the_memory_it_frees() -> None:
+    """A page is touched afresh each time that the C library maps a large tensor; a kept one is not."""
+
+    def faults() -> int:
+        torch.ones(16 << 20)  # 64 MiB, 16,384 pages
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(16 << 20)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with steady(torch.device("cpu")):
+        with steady(torch.device("cpu")):
+            assert faults() < 100
+        assert faults() < 100
+    assert faults() > 1000
 
 
 @pytest.mark.parametrize("kind", sorted(set(BUILDERS) - {"dispatch"}))  # that one needs a GPU (tests/gpu)
