@@ -13,6 +13,7 @@ from typing import Any
 
 from longcat_sim.calibration.engine_links import PCIE5_PAIR, Link, law_link, measured_link
 from longcat_sim.errors import MeasurementError, WorkloadError
+from longcat_sim.specs.hardware import hardware_names, load_hardware
 from longcat_sim.specs.loading import read_yaml
 from longcat_sim.specs.model import ModelSpec, model_names, model_spec
 
@@ -283,12 +284,29 @@ class RunFolder:
 
     def _blocks_by_memory(self, model: ModelSpec, tp_size: int, dp_size: int, size: int) -> int | None:
         memory = self.instance.get("npu_mem") or {}
-        card = (self.meta.get("hardware") or {}).get("device_total_memory_bytes")
-        total = float(memory["mem_size"]) * 2**30 if _is_number(memory.get("mem_size")) else card
-        if total is None or not _is_number(total):
+        total = self._card_bytes()
+        if total is None:
             return None
         share = memory.get("mem_util") or self.setting("cache_config", "gpu_memory_utilization") or 0.9
         experts = model.parameters_by_part["experts"]
         weights = ((model.num_parameters - experts) / tp_size + experts / (tp_size * dp_size)) * 2.0
         per_block = model.kv_bytes_per_token(bytes_per_value=2) / tp_size * size
         return max(0, int((total * share - weights) / per_block))
+
+    def _card_bytes(self) -> float | None:
+        """Return a card's memory: the deployment's, what the engine saw, or the packaged profile's of that name."""
+        given: Any = (self.instance.get("npu_mem") or {}).get("mem_size")
+        if _is_number(given):
+            return float(given) * 2**30
+        seen: Any = (self.meta.get("hardware") or {}).get("device_total_memory_bytes")
+        if _is_number(seen):
+            return float(seen)
+        card = _letters(str(self.instance.get("hardware", "")))
+        for name in hardware_names() if card else ():
+            if card in (_letters(name), _letters(name.removesuffix("-sxm"))):
+                return load_hardware(name).memory
+        return None
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name)).lower()
