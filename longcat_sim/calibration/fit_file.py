@@ -23,7 +23,7 @@ from longcat_sim.ops.op import FloatArray
 from longcat_sim.records.files import write_text
 from longcat_sim.specs.hardware import HardwareSpec, load_hardware
 
-SCHEMA = 4
+SCHEMA = 5
 STEP = 0.01
 """Resolution of a packed correction; far below any fit's error."""
 

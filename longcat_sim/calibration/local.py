@@ -8,13 +8,15 @@ neighbours by every coordinate and sees that two of them on one side say the sam
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from longcat_sim.ops.op import FloatArray
 
-NEIGHBOURS = 12
+NEIGHBOURS = 20
+"""Measured sizes that a guess is made from (products on a B200: 12 miss by 4.1 %, 20 by 3.9 %, 24 by 3.9 %)."""
 BLOCK = 500
 """Targets solved at once: their matrices stay in a core's cache."""
 TRIALS, FOLDS, FEW_TRIALS = 400, 3, 5
@@ -63,7 +65,8 @@ def krige(points: FloatArray, values: FloatArray, targets: FloatArray, smooth: S
     # single precision: far finer than the steps in which a correction is kept, and twice as fast
     known = values.astype(np.float32)
     close_to, distances = points.astype(np.float32), distances.astype(np.float32)
-    for start in range(0, len(targets), BLOCK):
+
+    def solve(start: int) -> None:
         distance, index = distances[start : start + BLOCK], indices[start : start + BLOCK]
         close = close_to[index]
         between = np.zeros((len(distance), near, near), np.float32)
@@ -75,6 +78,9 @@ def krige(points: FloatArray, values: FloatArray, targets: FloatArray, smooth: S
         ones, data = solved[..., 0], solved[..., 1]
         mean = data.sum(1) / ones.sum(1)
         found[start : start + BLOCK] = mean + (np.exp(-distance) * (data - mean[:, None] * ones)).sum(1)
+
+    with ThreadPoolExecutor() as threads:  # numpy lets go of the interpreter while it computes
+        list(threads.map(solve, range(0, len(targets), BLOCK)))
     return found
 
 

@@ -22,6 +22,8 @@ KNOT_DIGITS = 6
 """Fewer than a fit file keeps of a knot (8), so that no two knots become one there."""
 BELOW, ABOVE = (1 / 16, 1 / 4), (4.0, 16.0, 64.0, 256.0, 1024.0)
 """Knots beyond the measured range, as factors of its ends: there the law rules."""
+ROUNDS, EXACT = 6, 0.01
+"""Of fitting rising times; a time that is off by less than a percent counts as met."""
 FROM_NOTHING = tuple(4.0**i for i in range(1, 11))
 """Knots of a size that was measured at 0 only, such as the tokens before a prompt's chunk: up to a million."""
 
@@ -65,21 +67,37 @@ def refine(axis: FloatArray) -> FloatArray:
 
 
 def rising(values: FloatArray) -> FloatArray:
-    """Return the least-squares rising fit (isotonic regression) of ``values`` along every axis in turn.
+    """Return a fit to ``values`` (logs) that rises along every axis and is off by little in the mean absolute error.
 
-    Isotonic regression along one axis keeps the order along the others, so one pass over the axes is enough. Some
-    kernels do fall as a size grows; what that costs is the error named ``fitted`` of a law (B200: products 2.7 %, MLA
-    3.5 %, experts in nvfp4 5.3 %; H100: 0.7-2.3 %).
+    Some kernels do fall as a size grows; what that costs is the error named ``fitted`` of a law (B200: products 2.4 %,
+    MLA 3.1 %, experts in nvfp4 4.4 %; H100: 0.7-1.9 %). Least squares would bend many good times for one bad one: it is
+    repeated with weights against what it missed (iteratively reweighted least squares).
     """
+    axes = range(values.ndim)
+    weights = np.ones_like(values)
+    for _ in range(ROUNDS):
+        fits = []
+        for order in (axes, reversed(axes)):
+            fit = values
+            for axis in order:
+                fit = _isotonic(fit, weights, axis)
+            fits.append(fit)
+        fit = (fits[0] + fits[1]) / 2
+        weights = 1.0 / np.maximum(np.abs(fit - values), EXACT)
+    # with weights, one axis can spoil what another has mended: between both running extremes lies a rising fit
+    return (raised(fit) - np.flip(raised(-np.flip(fit)))) / 2
+
+
+def _isotonic(values: FloatArray, weights: FloatArray, axis: int) -> FloatArray:
+    """Return the least-squares rising fit along one axis, each lane by itself."""
     from scipy.optimize import isotonic_regression
 
-    for axis in range(values.ndim):
-        moved = np.moveaxis(values, axis, -1)
-        fitted = moved.copy()
-        for lane in map(tuple, np.argwhere((np.diff(moved, axis=-1) < 0).any(axis=-1))):
-            fitted[lane] = isotonic_regression(moved[lane]).x
-        values = np.moveaxis(fitted, -1, axis)
-    return values
+    moved = np.moveaxis(values, axis, -1)
+    lanes = moved.reshape(-1, moved.shape[-1])
+    # one call for all lanes: each lies so far above the last that they never touch
+    lift = (np.ptp(lanes) + 1.0) * np.arange(len(lanes))[:, None]
+    fit = isotonic_regression((lanes + lift).ravel(), weights=np.moveaxis(weights, axis, -1).ravel()).x
+    return np.moveaxis((fit.reshape(lanes.shape) - lift).reshape(moved.shape), -1, axis)
 
 
 def raised(values: FloatArray) -> FloatArray:

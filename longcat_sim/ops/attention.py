@@ -38,6 +38,17 @@ def gqa_variant(rows: float) -> str:
     return "mha" if rows <= 1 else "wide" if rows > WIDE_ROWS else ""
 
 
+NARROW_HEADS = 32
+"""Query heads up to which absorbed MLA is computed in narrow tiles, and the latents read once for each of them
+(TensorRT-LLM, B200, bf16, 128 sequences of 16,384: 451 us with 16 heads, 642 us with 32, 448 us with 64; tables of
+aiconfigurator-core 0.12.0). Elsewhere one law serves both."""
+
+
+def mla_variant(heads: float) -> str:
+    """Return the kernel that decodes absorbed MLA with ``heads`` query heads: ``narrow`` (few), or ""."""
+    return "narrow" if heads <= NARROW_HEADS else ""
+
+
 @dataclass(frozen=True)
 class StepSize:
     """What one GPU's share of a step is: numbers, or arrays [draws, 1]."""
@@ -168,7 +179,8 @@ def _mla(model: ModelSpec, deployment: Deployment, size: StepSize) -> tuple[Ops,
         absorbed = True
     elif size.phase == "decode":
         dims = {"batch": sequences, "queries": size.queries, "context": size.context, "heads": heads}
-        core.append(OpShape("attention core", "mla_decode", {**dims, "latent": latent, "rope": rope}, core_dtype))
+        dims |= {"latent": latent, "rope": rope}
+        core.append(OpShape("attention core", "mla_decode", dims, core_dtype, mla_variant(heads)))
         absorbed = True
     else:
         dims = {

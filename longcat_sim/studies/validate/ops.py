@@ -24,6 +24,7 @@ def run() -> Section:
     """Return the error table."""
     section = Section("ops", "Fitted op times against held-out measurements (mean absolute error)")
     pooled: dict[str, list[tuple[float, int]]] = {}
+    by_kind: dict[tuple[str, str], list[tuple[float, int]]] = {}
     for name in hardware_names():
         hardware = load_hardware(name)
         try:
@@ -53,14 +54,19 @@ def run() -> Section:
                         note=note,
                     )
                 )
+                if law.kind in GPU_KINDS and split in GPU_LIMITS and not is_cpu and not hardware.has_own_kernels:
+                    by_kind.setdefault((law.kind, split), []).append((figures["mape"], count))
                 if split in ("fitted", "random p10"):
                     continue
                 where = "interpolated" if split == "random" else "extrapolated"
                 group = f"{'cpu' if is_cpu else 'gpu campaign' if hardware.has_own_kernels else 'gpu tables'}, {where}"
                 pooled.setdefault(group, []).append((coverage, count))
+    for (kind, split), parts in sorted(by_kind.items()):
+        mape, count = _mean(parts)
+        name, note = f"gpu tables, {kind}: {split}", f"{len(parts)} tables, {count} points"
+        section.rows.append(Row(name, "ratio", mape, error=mape, limit=GPU_LIMITS[split], note=note))
     for group, parts in pooled.items():
-        count = sum(points for _, points in parts)
-        held = sum(share * points for share, points in parts) / max(1, count)
+        held, count = _mean(parts)
         judged = COVERAGE[0] <= held <= COVERAGE[1] if count >= MIN_POINTS else None
         note = f"{count} points; expected 85-95 %"
         section.rows.append(
@@ -73,6 +79,12 @@ def run() -> Section:
     if not section.rows:
         section.skipped = "no packaged profile has a fit"
     return section
+
+
+def _mean(parts: list[tuple[float, int]]) -> tuple[float, int]:
+    """Return the mean of (value, points), each weighted by its points, and the points of all."""
+    count = sum(points for _, points in parts)
+    return sum(value * points for value, points in parts) / max(1, count), count
 
 
 def _limit(kind: str, split: str, is_cpu: bool, drift: float) -> float | None:
