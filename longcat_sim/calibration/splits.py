@@ -126,11 +126,24 @@ def neighbour_correlation(coordinates: tuple[FloatArray, ...], residual: FloatAr
 
 
 def _quantiles(residual: FloatArray) -> FloatArray:
-    """Return the residuals' quantiles at ``LEVELS``, the tails widened for few points (conformal ranks)."""
+    """Return the residuals' quantiles at ``LEVELS`` (conformal ranks).
+
+    The outermost of n residuals stands for the share 1 / (n + 1). Fewer than 19 say nothing of the 5 % beyond: there
+    they are stretched as a normal distribution's tails would be.
+    """
+    from scipy.special import ndtri
+
     count = len(residual)
     ranked = np.sort(residual)
     positions = np.arange(1, count + 1) / (count + 1)
-    return np.interp(LEVELS, positions, ranked)
+    found = np.interp(LEVELS, positions, ranked)
+    if count > 1:
+        middle = np.median(ranked)
+        levels, inner = LEVELS[1:-1], found[1:-1]  # a view
+        for end, beyond in ((0, levels < positions[0]), (-1, levels > positions[-1])):
+            inner[beyond] = middle + (ranked[end] - middle) * ndtri(levels[beyond]) / ndtri(positions[end])
+        found[0], found[-1] = min(found[0], found[1]), max(found[-1], found[-2])
+    return found
 
 
 def _envelope(pieces: Sequence[FloatArray]) -> FloatArray:

@@ -8,7 +8,7 @@ from scipy.optimize import linprog
 
 from longcat_sim.calibration.fitted import FittedLaw, law_seconds
 from longcat_sim.calibration.laws import LAWS, Device
-from longcat_sim.calibration.splits import judge
+from longcat_sim.calibration.splits import _interval, _quantiles, judge
 from longcat_sim.calibration.table import TimeTable, raised, refine, rising, thin
 
 DEVICE = Device(1e15, 3e12, 128.0, 5e7)
@@ -113,3 +113,14 @@ def test_every_work_term_grows_with_every_coordinate(kind: str, data: st.DataObj
     for group_before, group_after in zip(before, after, strict=True):
         for a, b in zip(group_before, group_after, strict=True):
             assert float(b) >= float(a) * (1 - 1e-9)
+
+
+@pytest.mark.parametrize(("count", "least"), [(4, 0.8), (8, 0.85), (15, 0.88), (30, 0.88)])
+def test_intervals_of_few_residuals_hold_nearly_what_they_promise(count: int, least: float) -> None:
+    """The outermost of eight stands for 1 / 9, and 90 % reach further."""
+    rng = np.random.default_rng(count)
+    held = []
+    for _ in range(2000):
+        low, high = _interval(_quantiles(rng.normal(size=count)))
+        held.append(np.mean((low <= (fresh := rng.normal(size=20))) & (fresh <= high)))
+    assert least < np.mean(held) < 0.93
