@@ -64,7 +64,10 @@ def _settle(
     weights: FloatArray | None, serial: FloatArray, branches: list[FloatArray], seconds: FloatArray, size: FloatArray,
     rounds: int,
 ) -> FloatArray:  # fmt: skip
-    """Return the weights after at most ``rounds`` of choosing branches and fitting ([N] ``size``: of each row)."""
+    """Return the best weights of at most ``rounds`` of choosing branches and fitting ([N] ``size``: of each row).
+
+    The choice may swing to and fro, and the last round then be the worse of two.
+    """
     from scipy.optimize import nnls
 
     edges = _edges(serial, branches)
@@ -78,8 +81,8 @@ def _settle(
         chosen, trust = _last_largest(plain), np.ones(len(seconds))
         weights = np.zeros(edges[-1])
     else:
-        chosen, trust = _choice(weights, serial, branches, seconds)
-    times = seconds[:, None]
+        chosen, trust, _ = _choice(weights, serial, branches, seconds)
+    times, best, least = seconds[:, None], weights, np.inf
     for _ in range(rounds):
         parts = [branch * (chosen == number)[:, None] for number, branch in enumerate(branches)]
         rows = np.hstack([np.ones_like(times), serial, *parts]) / times
@@ -92,10 +95,13 @@ def _settle(
         fresh = nnls(r, q.T @ target)[0] / norm
         settled = np.allclose(fresh, weights, rtol=1e-4, atol=0)
         weights = fresh
+        chosen, trust, error = _choice(weights, serial, branches, seconds)
+        missed = float((size * error).mean())
+        if missed < least:
+            best, least = weights, missed
         if settled:
             break
-        chosen, trust = _choice(weights, serial, branches, seconds)
-    return weights
+    return best
 
 
 def _edges(serial: FloatArray, branches: list[FloatArray]) -> list[int]:
@@ -112,11 +118,11 @@ def _times(weights: FloatArray, serial: FloatArray, branches: list[FloatArray]) 
 
 def _choice(
     weights: FloatArray, serial: FloatArray, branches: list[FloatArray], seconds: FloatArray
-) -> tuple[Any, FloatArray]:
-    """Return which branch bounds each row, and how far each row is trusted (1 / its relative error)."""
+) -> tuple[Any, FloatArray, FloatArray]:
+    """Return which branch bounds each row, how far each row is trusted (1 / its relative error), and that error."""
     fixed, each = _times(weights, serial, branches)
     error = np.abs((fixed + each.max(0)) / seconds - 1)
-    return _last_largest(each), 1.0 / np.maximum(error, 0.02)
+    return _last_largest(each), 1.0 / np.maximum(error, 0.02), error
 
 
 def _last_largest(each: FloatArray) -> Any:

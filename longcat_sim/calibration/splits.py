@@ -5,8 +5,8 @@ value of each coordinate). Beside them ``fitted`` is the error on the points tha
 faster as a size grows, times here, which never fall, must differ. ``random p10`` is ``random`` with the 10th
 percentiles of the measured times in place of their medians, fitted and held out alike.
 
-Intervals use the quantiles of held-out residuals (split conformal), beyond the measured sizes the widest of the last
-two splits'. Their coverage is checked on points that neither the fit nor the quantiles saw.
+Intervals use the quantiles of held-out residuals (split conformal), beyond the measured sizes the widest of all three
+splits'. Their coverage is checked on points that neither the fit nor the quantiles saw.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ def judge(
     pieces = [piece for name in found for piece in found[name]]
     for name, own in found.items():
         if own:  # each piece against the interval made of the other pieces
-            others = [[p for p in pieces if p is not piece] or [inside] for piece in own]
+            others = [[inside, *(p for p in pieces if p is not piece)] for piece in own]
             edges = [np.tile(_interval(_envelope(known)), (len(p), 1)) for known, p in zip(others, own, strict=True)]
             errors[name] = _figures(np.concatenate(own), *np.concatenate(edges).T)
     known = np.log(seconds / law.table(device).many(list(coordinates)))
     errors["fitted"] = _figures(known, *_interval(_quantiles(inside)))
     law.errors_ = errors
-    law.residuals_ = {"interpolated": _quantiles(inside), "extrapolated": _envelope(pieces or [inside])}
+    law.residuals_ = {"interpolated": _quantiles(inside), "extrapolated": _envelope([inside, *pieces])}
 
 
 def _by_folds(residual: FloatArray, fold: Any) -> dict[str, float]:

@@ -53,13 +53,15 @@ SMALL = Grid(
 )
 """For a CPU: the quickstart's, and a campaign's dry run."""
 DENSE = Grid(
-    decode=tuple(
-        (batch, context) for batch in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) for context in (64, 128, 256, 512, 1024)
+    decode=(
+        *((batch, context) for batch in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) for context in (64, 128, 256, 512, 1024)),
+        *((batch, 256) for batch in (5, 10, 20)),
     ),
     prefill=(
         *((1, prompt) for prompt in (16, 32, 64, 96, 128, 192, 256, 384, 512)),
-        *((batch, prompt) for batch in (2, 4) for prompt in (32, 64, 96, 128, 192, 256)),
-        *((8, prompt) for prompt in (32, 64, 96, 128)),
+        *((2, prompt) for prompt in (16, 32, 48, 64, 96, 128, 192, 256, 384)),
+        *((4, prompt) for prompt in (16, 24, 32, 48, 64, 96, 128, 192, 256)),
+        *((8, prompt) for prompt in (16, 24, 32, 48, 64, 96, 128)),
     ),
     topk_rows=(1, 2, 4, 8, 16, 32, 64),
     sparse_batches=(1, 2, 4, 8),
