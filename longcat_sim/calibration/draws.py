@@ -13,9 +13,10 @@ from zlib import crc32
 import numpy as np
 
 from longcat_sim.calibration.answer import Answer, Key
-from longcat_sim.calibration.fitted import LEVELS, law_seconds
+from longcat_sim.calibration.fitted import LEVELS
 from longcat_sim.calibration.local import logs
 from longcat_sim.calibration.transfer import SHEET_ERROR
+from longcat_sim.calibration.weights import law_seconds
 from longcat_sim.ops.op import KINDS, FloatArray, Op, OpArrays, ResourceShares, Tag
 
 WAVES = 8

@@ -1,7 +1,7 @@
 """``FittedLaw``: one op kind in one precision, fitted: the law's weights, the local correction, and its held-out error.
 
-The weights come from non-negative least squares in relative error (scipy), the correction from the residuals of
-measured sizes, kriged onto a grid; the time on the grid is then made to rise with every size.
+The weights come from ``weights.weigh``, the correction from the residuals of measured sizes, kriged onto a grid; the
+time on the grid is then made to rise with every size.
 """
 
 from __future__ import annotations
@@ -16,152 +16,15 @@ import numpy as np
 from longcat_sim.calibration.laws import LAWS, Device
 from longcat_sim.calibration.local import Smoothness, correct, learn_smoothness, logs
 from longcat_sim.calibration.table import TimeTable, refine, rising, thin
+from longcat_sim.calibration.weights import law_seconds, weigh
 from longcat_sim.ops.op import FloatArray, Tag
 
 LEVELS: FloatArray = np.linspace(0.0, 1.0, 21)
 """Probabilities at which the held-out residuals are kept."""
-PRIOR_WEIGHT = 1.25
-"""Weight of the plain FLOP and byte terms where data says nothing: the 0.8 of the data-sheet roofline."""
-PRIOR_POINTS = 0.3
-"""The prior counts as this many points that are wrong by their whole value."""
-SMALL = 10.0
-"""A point that takes this many times as long as the smallest ones counts half as much as the largest: a law must know
-how large ops grow; small ones are mostly the floor, and the correction holds them."""
-MANY = 100
-"""With fewer points than this, all count alike: none can be spared."""
-BEST_RATE = 0.999
-"""Quantile of the measured rates that a roof is at least at: one row in a thousand may be luck."""
 FIT_ROWS = 4000
 """Rows that a law's few weights are fitted to; the correction uses all."""
 NEAR_OCTAVES = 1.5
 """A size further than this from every measured one, in any coordinate, is extrapolated."""
-
-
-def weigh(
-    coordinates: tuple[FloatArray, ...], seconds: FloatArray, kind: str, dtype: str, device: Device,
-    counts: FloatArray | None = None, start: FloatArray | None = None, rounds: int = 12,
-) -> FloatArray:  # fmt: skip
-    """Return the weights of a law [overhead, serial..., compute..., memory..., roof where it has one], all >= 0.
-
-    The largest of compute, memory and roof is chosen per row, the rest is linear: non-negative least squares in
-    relative error, with weights against outliers, repeated until the choice settles. The roof joins when the others
-    have settled, and is no lower than the best measured rates. ``counts`` are bootstrap multiplicities.
-    """
-    serial, branches = columns(coordinates, kind, dtype, device)
-    size = seconds / (seconds + SMALL * np.quantile(seconds, 0.01)) if len(seconds) >= MANY else np.ones(len(seconds))
-    size = size / size.mean() if counts is None else size / size.mean() * counts
-    if not LAWS[kind].has_roof:
-        return _settle(start, serial, branches, seconds, size, rounds)
-    roof = 1.0 / np.quantile(branches[2][:, 0] / seconds, BEST_RATE)
-    if start is None:
-        start = np.append(_settle(None, serial, branches[:2], seconds, size, rounds), roof)
-    weights = _settle(start, serial, branches, seconds, size, rounds)
-    weights[-1] = min(weights[-1], roof)
-    return weights
-
-
-def _settle(
-    weights: FloatArray | None, serial: FloatArray, branches: list[FloatArray], seconds: FloatArray, size: FloatArray,
-    rounds: int,
-) -> FloatArray:  # fmt: skip
-    """Return the best weights of at most ``rounds`` of choosing branches and fitting ([N] ``size``: of each row).
-
-    The choice may swing to and fro, and the last round then be the worse of two.
-    """
-    from scipy.optimize import nnls
-
-    edges = _edges(serial, branches)
-    prior, goal = np.zeros((edges[-1], edges[-1])), np.zeros(edges[-1])
-    for at, branch in zip(edges, branches, strict=False):
-        if branch.shape[1]:
-            prior[at, at] = np.sqrt(PRIOR_POINTS)
-            goal[at] = PRIOR_WEIGHT * np.sqrt(PRIOR_POINTS)
-    if weights is None:
-        plain = np.stack([branch[:, :1].sum(1) for branch in branches])
-        chosen, trust = _last_largest(plain), np.ones(len(seconds))
-        weights = np.zeros(edges[-1])
-    else:
-        chosen, trust, _ = _choice(weights, serial, branches, seconds)
-    times, best, least = seconds[:, None], weights, np.inf
-    for _ in range(rounds):
-        parts = [branch * (chosen == number)[:, None] for number, branch in enumerate(branches)]
-        rows = np.hstack([np.ones_like(times), serial, *parts]) / times
-        scale = np.sqrt(size * trust)
-        stacked = np.vstack([rows * scale[:, None], prior])
-        target = np.concatenate([scale, goal])
-        norm = np.linalg.norm(stacked, axis=0)
-        norm[norm == 0] = 1.0
-        q, r = np.linalg.qr(stacked / norm)
-        fresh = nnls(r, q.T @ target)[0] / norm
-        settled = np.allclose(fresh, weights, rtol=1e-4, atol=0)
-        weights = fresh
-        chosen, trust, error = _choice(weights, serial, branches, seconds)
-        missed = float((size * error).mean())
-        if missed < least:
-            best, least = weights, missed
-        if settled:
-            break
-    return best
-
-
-def _edges(serial: FloatArray, branches: list[FloatArray]) -> list[int]:
-    """Return where each branch's weights begin, and where the last ones end."""
-    return [int(at) for at in np.cumsum([1 + serial.shape[1], *(branch.shape[1] for branch in branches)])]
-
-
-def _times(weights: FloatArray, serial: FloatArray, branches: list[FloatArray]) -> tuple[FloatArray, FloatArray]:
-    """Return (overhead and serial [N], branches [B, N]) seconds."""
-    edges = _edges(serial, branches)
-    ends = zip(branches, edges, edges[1:], strict=False)
-    return weights[0] + serial @ weights[1 : edges[0]], np.stack([b @ weights[at:to] for b, at, to in ends])
-
-
-def _choice(
-    weights: FloatArray, serial: FloatArray, branches: list[FloatArray], seconds: FloatArray
-) -> tuple[Any, FloatArray, FloatArray]:
-    """Return which branch bounds each row, how far each row is trusted (1 / its relative error), and that error."""
-    fixed, each = _times(weights, serial, branches)
-    error = np.abs((fixed + each.max(0)) / seconds - 1)
-    return _last_largest(each), 1.0 / np.maximum(error, 0.02), error
-
-
-def _last_largest(each: FloatArray) -> Any:
-    """Return which branch is the largest [N]; memory where it ties with compute."""
-    return len(each) - 1 - each[::-1].argmax(0)
-
-
-def columns(
-    coordinates: tuple[FloatArray, ...], kind: str, dtype: str, device: Device
-) -> tuple[FloatArray, list[FloatArray]]:
-    """Return the law's terms in seconds at the data sheet's rates: serial, and the branches of which the longest
-    counts (compute, memory, and the roof's FLOP where the law has one), each [N, terms]."""
-    law = LAWS[kind]
-    terms = law.terms(dict(zip(law.coordinates, coordinates, strict=True)), dtype, device)
-    shape = np.broadcast_shapes(*(np.shape(c) for c in coordinates))
-
-    def stack(items: list[FloatArray], rate: float) -> FloatArray:
-        flat = [np.broadcast_to(np.asarray(item, dtype=float), shape).ravel() / rate for item in items]
-        return np.array(flat).T if flat else np.zeros((int(np.prod(shape)), 0))
-
-    compute, memory = stack(terms.compute, device.peak), stack(terms.memory, device.bandwidth)
-    roof = [compute[:, :1]] if law.has_roof else []
-    return stack(terms.serial, device.sm_rate), [compute, memory, *roof]
-
-
-def law_parts(
-    weights: FloatArray, coordinates: tuple[FloatArray, ...], kind: str, dtype: str, device: Device
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Return (overhead and serial, compute, memory) seconds of the law [N]; compute is never above its roof's speed."""
-    fixed, (compute, memory, *roof) = _times(weights, *columns(coordinates, kind, dtype, device))
-    return fixed, np.maximum(compute, roof[0]) if roof else compute, memory
-
-
-def law_seconds(
-    weights: FloatArray, coordinates: tuple[FloatArray, ...], kind: str, dtype: str, device: Device
-) -> FloatArray:
-    """Return the law's time, without the local correction [N]."""
-    fixed, compute, memory = law_parts(weights, coordinates, kind, dtype, device)
-    return fixed + np.maximum(compute, memory)
 
 
 @dataclass

@@ -12,12 +12,13 @@ import numpy as np
 from longcat_sim.calibration.answer import Answer, Key
 from longcat_sim.calibration.draws import Draw
 from longcat_sim.calibration.fit_file import read_fit, write_section
-from longcat_sim.calibration.fitted import LEVELS, FittedLaw, law_parts
+from longcat_sim.calibration.fitted import LEVELS, FittedLaw
 from longcat_sim.calibration.laws import LAWS
 from longcat_sim.calibration.lenders import Lent, nearest
 from longcat_sim.calibration.roofline import Roofline
 from longcat_sim.calibration.splits import judge
 from longcat_sim.calibration.transfer import SHEET_ERROR, device_of, transfer_spread
+from longcat_sim.calibration.weights import law_parts
 from longcat_sim.errors import MeasurementError, SpecError, UnmeasuredOpError
 from longcat_sim.ops.op import KINDS, FloatArray, Op, OpArrays, OpTimesLike, ResourceShares, Tag, worst_tag
 from longcat_sim.records.measurement import Measurement

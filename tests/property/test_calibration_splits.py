@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from longcat_sim.calibration.fitted import FittedLaw, law_seconds
+from longcat_sim.calibration.fitted import FittedLaw
 from longcat_sim.calibration.laws import LAWS, Device
 from longcat_sim.calibration.splits import _interval, _quantiles, judge
 from longcat_sim.calibration.table import TimeTable, raised, refine, rising, thin
+from longcat_sim.calibration.weights import law_seconds
 
 DEVICE = Device(1e15, 3e12, 128.0, 5e7)
 
