@@ -117,7 +117,7 @@ class FittedLaw:
         counts = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=draws).astype(float)
         self.draws_ = np.array(
             [
-                weigh(part, seconds[rows], self.kind, self.dtype, self.reference, count, self.weights_, rounds=3)
+                weigh(part, seconds[rows], self.kind, self.dtype, self.reference, count, self.weights_)
                 for count in counts
             ]
         )

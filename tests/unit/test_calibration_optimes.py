@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 
 from longcat_sim.calibration import OpTimes, Roofline, write_fit
+from longcat_sim.calibration.laws import Device
+from longcat_sim.calibration.weights import law_seconds, weigh
 from longcat_sim.errors import MeasurementError, UnmeasuredOpError
 from longcat_sim.ops import OpArrays, op
 from longcat_sim.records.measurement import Measurement
@@ -155,3 +157,15 @@ def test_demand_says_what_binds(times: OpTimes) -> None:
     memory = times.demand(op("gemm", m=1, n=8192, k=8192))
     assert compute.sm > 0.9 > compute.memory
     assert memory.memory > 0.7 > memory.sm
+
+
+def test_a_law_settles_where_both_compute_and_memory_matter() -> None:
+    """Absorption products timed on an EPYC (us): rounds of choosing the larger swing to and fro, 90 % off and more."""
+    rows = np.array([1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32] * 2, dtype=float)
+    wide = [34.2, 42.6, 48.9, 39.2, 41.8, 43.5, 46.0, 51.3, 52.7, 58.9, 65.7, 69.4, 82.6]
+    deep = [23.6, 35.3, 42.0, 39.7, 45.1, 45.3, 46.1, 51.6, 52.6, 57.6, 64.4, 70.0, 82.5]
+    seconds = np.array([*wide, *deep]) * 1e-6
+    sizes = (np.full(26, 8.0), rows, np.repeat([128.0, 64.0], 13), np.repeat([64.0, 128.0], 13))
+    device = Device(96.4e9, 28.65e9, 1.0, 1 << 20)
+    weights = weigh(sizes, seconds, "bmm", "fp32", device)
+    assert np.abs(law_seconds(weights, sizes, "bmm", "fp32", device) / seconds - 1).mean() < 0.08
