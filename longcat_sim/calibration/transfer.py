@@ -11,20 +11,20 @@ from longcat_sim.specs.hardware import HardwareSpec
 CPU_CACHE_BYTES = 1e6
 """Cache of a device whose profile names none (assumed: one core's L2)."""
 TRANSFER_ERROR: dict[str, float] = {
-    "gemm": 0.21,
-    "grouped_gemm": 0.21,
-    "bmm": 0.93,
-    "mla_decode": 0.27,
-    "gqa_decode": 0.26,
-    "attention_prefill": 0.17,
-    "elementwise": 0.32,
+    "gemm": 0.20,
+    "grouped_gemm": 0.19,
+    "bmm": 0.94,
+    "mla_decode": 0.39,
+    "gqa_decode": 0.27,
+    "attention_prefill": 0.11,
+    "elementwise": 0.34,
     "indexer": 0.37,
     "sparse_mla": 0.45,
     "topk": 0.05,
 }
 """Kind -> median |error| of predicting an unseen system from two others, the worst precision and kernel of
-H100 + H200 -> B200 and A100 + H200 -> H100 (`validate --section transfer`, 2026-11-25)."""
-OTHER_TRANSFER_ERROR = 0.23
+H100 + H200 -> B200 and A100 + H200 -> H100 (`validate --section transfer`, 2026-11-26)."""
+OTHER_TRANSFER_ERROR = 0.31
 """For kinds not in the table: the middle of it."""
 PRECISION_ERROR = 0.25
 VARIANT_ERROR = 0.25
