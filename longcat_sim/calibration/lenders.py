@@ -60,20 +60,23 @@ def distance(hardware: HardwareSpec, law: FittedLaw, lender: HardwareSpec) -> fl
 
 
 def nearest(key: Key, hardware: HardwareSpec) -> Lent | None:
-    """Return the law of ``key``'s kind of the nearest device, of its variant and dtype where one has them."""
+    """Return the law of ``key``'s kind of the nearest device, of its variant and dtype where one has them.
+
+    A device with one law for all variants has them all.
+    """
     kind, dtype, variant = key
     best: tuple[tuple[bool, bool, float, str], Lent] | None = None
     for lender in _lenders():
         if lender.name == hardware.name:
             continue
-        for law in _laws_of(lender):
-            if law.kind != kind or law.transferred_from:
-                continue
+        laws = [law for law in _laws_of(lender) if law.kind == kind and not law.transferred_from]
+        for law in laws:
             try:
                 apart = distance(hardware, law, lender)
             except SpecError:  # no peak for that type on this device
                 continue
-            rank = (law.dtype != dtype, law.variant != variant, apart, lender.name)
+            is_other = law.variant != variant and any(same.variant for same in laws)
+            rank = (law.dtype != dtype, is_other, apart, lender.name)
             if apart <= REACH and (best is None or rank < best[0]):
                 best = rank, Lent(law, lender)
     return best[1] if best else None

@@ -63,7 +63,8 @@ def _descend(
 
     edges = _edges(serial, branches)
     rows = np.hstack([np.ones((len(seconds), 1)), serial, *branches]) / seconds[:, None]
-    unit = np.maximum(rows.mean(0), np.finfo(float).tiny)
+    unit = rows.mean(0)
+    unit[unit == 0] = 1.0
     rows = rows / unit
     has_prior = np.zeros(edges[-1])
     has_prior[[at for at, branch in zip(edges, branches, strict=False) if branch.shape[1]]] = PRIOR_POINTS / len(rows)

@@ -105,3 +105,16 @@ def test_the_rtx_pro_6000_of_the_tables_is_that_of_a_recorded_engine(shared: Pat
     assert len(errors) > 40
     assert np.median(np.abs(errors)) < 0.06
     assert abs(np.median(errors)) < 0.04
+
+
+def test_a_device_whose_one_law_serves_all_kernels_lends_it_for_each() -> None:
+    """Hopper's MLA tables make no difference by heads; Blackwell's do, and lie further from an MI300X."""
+    few = nearest(("mla_decode", "bf16", "narrow"), load_hardware("mi300x"))
+    many = nearest(("mla_decode", "bf16", ""), load_hardware("mi300x"))
+    assert few is not None
+    assert many is not None
+    assert few.lender.name == many.lender.name
+    assert few.lender.architecture == "Hopper"
+    wide = nearest(("gqa_decode", "bf16", "wide"), load_hardware("mi300x"))
+    assert wide is not None
+    assert wide.law.variant == "wide"
