@@ -146,7 +146,8 @@ def own_shapes(spec: ModelSpec, shapes: Iterable[OpShape], tokens: int, dtype: s
                 continue
             shape = replace(shape, dims={**shape.dims, "rows": tokens * spec.moe_topk})
         precision = "fp32" if shape.kind in ("router", "sampling", "topk", "host") else dtype
-        variant = "" if shape.kind == "grouped_gemm" else shape.variant  # the model has one kernel for both layouts
+        # the model has one kernel for both layouts of experts, and for few and many heads
+        variant = "" if shape.kind in ("grouped_gemm", "mla_decode") else shape.variant
         found.append(replace(shape, dtype=precision, variant=variant))
     return found
 

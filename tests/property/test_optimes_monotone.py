@@ -20,7 +20,7 @@ RANGES = {
 }  # fmt: skip
 KEYS = [
     ("gemm", "fp8", ""), ("gemm", "bf16", ""), ("grouped_gemm", "fp8", "masked"), ("mla_decode", "bf16", ""),
-    ("mla_decode", "bf16", "narrow"), ("topk", "fp32", ""), ("elementwise", "bf16", ""),
+    ("topk", "fp32", ""), ("elementwise", "bf16", ""),
 ]  # fmt: skip
 
 

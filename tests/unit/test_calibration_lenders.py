@@ -11,6 +11,7 @@ import pytest
 from longcat_sim.calibration import OpTimes
 from longcat_sim.calibration.artefacts import without_warm
 from longcat_sim.calibration.lenders import nearest
+from longcat_sim.ops.attention import mla_variant
 from longcat_sim.ops.op import op
 from longcat_sim.records.measurement import Measurement
 from longcat_sim.specs.hardware import load_hardware
@@ -118,3 +119,17 @@ def test_a_device_whose_one_law_serves_all_kernels_lends_it_for_each() -> None:
     wide = nearest(("gqa_decode", "bf16", "wide"), load_hardware("mi300x"))
     assert wide is not None
     assert wide.law.variant == "wide"
+
+
+def test_blackwell_answers_for_few_heads_with_a_kernel_of_their_own() -> None:
+    """32 heads take longer than 64 there; on Hopper, whose one law serves both, they do not."""
+
+    def seconds(device: str, heads: int) -> float:
+        dims = {"batch": 128, "queries": 1, "context": 16384, "heads": heads, "latent": 512, "rope": 64}
+        item = op("mla_decode", variant=mla_variant(heads), **dims)
+        times = OpTimes.from_hardware(load_hardware(device))
+        assert not times.notes([item])
+        return times.seconds(item)
+
+    assert seconds("b200-sxm", 32) > 1.2 * seconds("b200-sxm", 64)
+    assert seconds("h100-sxm", 32) < seconds("h100-sxm", 64)
