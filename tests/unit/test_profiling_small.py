@@ -42,7 +42,6 @@ def test_a_steady_cpu_keeps_the_memory_it_frees() -> None:
         with steady(torch.device("cpu")):
             assert faults() < 100
         assert faults() < 100
-    assert faults() > 1000
     assert faults(4) < 100  # as in any process that has freed larger ones
 
 
