@@ -68,11 +68,13 @@ def judge(
         errors["random p10"] = _by_folds(lowest, fold)
     largest, dimension = largest_split(law.kind, coordinates), dimension_splits(coordinates)
     parts = {"largest": [largest] if largest is not None else [], "dimension": dimension}
-    found = {name: [residual(test) for test in tests if (~test).sum() >= MIN_TRAIN] for name, tests in parts.items()}
+    parts = {name: [test for test in tests if (~test).sum() >= MIN_TRAIN] for name, tests in parts.items()}
+    found = {name: [residual(test) for test in tests] for name, tests in parts.items()}
     pieces = [piece for name in found for piece in found[name]]
     for name, own in found.items():
-        if own:  # each piece against the interval made of the other pieces
-            others = [[inside, *(p for p in pieces if p is not piece)] for piece in own]
+        if own:  # each piece against the interval made of the other pieces and of the points outside it
+            tests = zip(own, parts[name], strict=True)
+            others = [[inside[~test], *(p for p in pieces if p is not piece)] for piece, test in tests]
             edges = [np.tile(_interval(_envelope(known)), (len(p), 1)) for known, p in zip(others, own, strict=True)]
             errors[name] = _figures(np.concatenate(own), *np.concatenate(edges).T)
     known = np.log(seconds / law.table(device).many(list(coordinates)))

@@ -39,11 +39,11 @@ def weigh(
     serial, branches = columns(coordinates, kind, dtype, device)
     size = seconds / (seconds + SMALL * np.quantile(seconds, 0.01)) if len(seconds) >= MANY else np.ones(len(seconds))
     size = size / size.mean() if counts is None else size / size.mean() * counts
+    roof = 1.0 / np.quantile(branches[2][:, 0] / seconds, BEST_RATE) if LAWS[kind].has_roof else np.inf
     if start is not None:
-        return _descend(start, serial, branches, seconds, size, start[-1] if LAWS[kind].has_roof else np.inf)
+        return _descend(start, serial, branches, seconds, size, roof)
     if not LAWS[kind].has_roof:
-        return _descend(_settle(None, serial, branches, seconds, size), serial, branches, seconds, size)
-    roof = 1.0 / np.quantile(branches[2][:, 0] / seconds, BEST_RATE)
+        return _descend(_settle(None, serial, branches, seconds, size), serial, branches, seconds, size, roof)
     start = np.append(_settle(None, serial, branches[:2], seconds, size), roof)
     weights = _settle(start, serial, branches, seconds, size)
     weights[-1] = min(weights[-1], roof)
@@ -52,7 +52,7 @@ def weigh(
 
 def _descend(
     weights: FloatArray, serial: FloatArray, branches: list[FloatArray], seconds: FloatArray, size: FloatArray,
-    most: float = np.inf,
+    most: float,
 ) -> FloatArray:  # fmt: skip
     """Return the weights, the last of them at most ``most``, at the bottom of the error around these (L-BFGS-B).
 
@@ -84,7 +84,7 @@ def _descend(
         return float((size * smooth).mean() + (has_prior * away**2).sum() / 2), slope
 
     bounds = [(0.0, None)] * (len(unit) - 1) + [(0.0, most * unit[-1])]
-    return minimize(error, weights * unit, jac=True, method="L-BFGS-B", bounds=bounds, tol=1e-4).x / unit
+    return minimize(error, weights * unit, jac=True, method="L-BFGS-B", bounds=bounds, tol=1e-6).x / unit
 
 
 def _settle(
