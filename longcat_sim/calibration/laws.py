@@ -183,8 +183,9 @@ def _prefill_terms(c: Coordinates, dtype: str, device: Device) -> Terms:
     """Causal attention in 128-row query tiles; the tile on the diagonal is computed whole.
 
     Each tile has a start and an end of its own (some 0.3 us of an SM), and on a CPU rows that no cache holds are waited
-    for: hardly any until they fill two caches, then each of them (without the bend an EPYC's law was 7.2 to 8.5 % off,
-    with it 4.4 to 4.7 %; bends at 1, 1.5 and 3 caches: 7.7 to 8.5, 6.0 to 6.2, 4.3 to 4.6 %).
+    for: hardly any until they fill two caches, then each of them (two profiles of an EPYC, no command repeats it: 7.2
+    to 8.5 % off without the bend, 4.4 to 4.7 % with it; bends at 1, 1.5 and 3 caches: 7.7 to 8.5, 6.0 to 6.2, 4.3 to
+    4.6 %). On GPUs the fit weighs it too, mostly with nothing.
     """
     rows_bytes = item_bytes(dtype) * c["items"] * c["width"] * (2.0 * c["queries"] + c["prior"])
     pairs = c["queries"] * c["prior"] + c["queries"] * (c["queries"] + 1) / 2

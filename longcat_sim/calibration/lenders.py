@@ -7,7 +7,7 @@ Over a LongCat-Flash decode step on ten GPUs whose own times are known, a data s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from longcat_sim.calibration.answer import Key
@@ -59,11 +59,13 @@ def distance(hardware: HardwareSpec, law: FittedLaw, lender: HardwareSpec) -> fl
     )
 
 
-def nearest(key: Key, hardware: HardwareSpec) -> Lent | None:
-    """Return the law of ``key``'s kind of the nearest device, of its variant and dtype where one has them.
+def serves(law: FittedLaw, variant: str, laws: Iterable[FittedLaw]) -> bool:
+    """Return whether ``law`` is that of a kernel variant on a device with ``laws``: of its name, or the one for all."""
+    return law.variant == variant or not any(same.variant for same in laws if same.kind == law.kind)
 
-    A device with one law for all variants has them all.
-    """
+
+def nearest(key: Key, hardware: HardwareSpec) -> Lent | None:
+    """Return the law of ``key``'s kind of the nearest device, of its variant and dtype where one has them."""
     kind, dtype, variant = key
     best: tuple[tuple[bool, bool, float, str], Lent] | None = None
     for lender in _lenders():
@@ -75,8 +77,7 @@ def nearest(key: Key, hardware: HardwareSpec) -> Lent | None:
                 apart = distance(hardware, law, lender)
             except SpecError:  # no peak for that type on this device
                 continue
-            is_other = law.variant != variant and any(same.variant for same in laws)
-            rank = (law.dtype != dtype, is_other, apart, lender.name)
+            rank = (law.dtype != dtype, not serves(law, variant, laws), apart, lender.name)
             if apart <= REACH and (best is None or rank < best[0]):
                 best = rank, Lent(law, lender)
     return best[1] if best else None

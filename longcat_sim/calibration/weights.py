@@ -13,7 +13,7 @@ from longcat_sim.ops.op import FloatArray
 PRIOR_WEIGHT = 1.25
 """Weight of the plain FLOP and byte terms where data says nothing: the 0.8 of the data-sheet roofline."""
 PRIOR_POINTS = 0.3
-"""The prior counts as this many points that are wrong by their whole value."""
+"""The prior counts as about so many points that are wrong by their whole value."""
 SMALL = 10.0
 """A point that takes this many times as long as the smallest ones counts half as much as the largest: a law must know
 how large ops grow; small ones are mostly the floor, and the correction holds them."""

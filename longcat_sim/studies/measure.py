@@ -77,7 +77,7 @@ def _sheet(name: str, target: Path, environment: Environment) -> HardwareSpec:
     for known in [target] if target.exists() else packaged[:1]:
         hardware = load_hardware(known)
         is_other = (environment.kind == "cpu") != (hardware.sm_count == 1)
-        if is_other or _card(environment.device) != _card(hardware.device):
+        if is_other or card_of(environment.device) != card_of(hardware.device):
             raise SpecError(
                 f"--name {name}: expected measurements of {hardware.device or name}, whose data sheet {known.name} "
                 f"holds; got those of {environment.device!r}; give the fit a name of its own, such as --name mine"
@@ -88,7 +88,7 @@ def _sheet(name: str, target: Path, environment: Environment) -> HardwareSpec:
                 f"give another, such as --name {name}-measured"
             )
     if not target.exists():
-        sheet = packaged[0] if packaged else _sheet_of_card(environment)
+        sheet = packaged[0] if packaged else sheet_of_card(environment.device)
         if sheet is None:
             write_this_machine(name, target, environment)
         else:
@@ -97,18 +97,18 @@ def _sheet(name: str, target: Path, environment: Environment) -> HardwareSpec:
     return load_hardware(target)
 
 
-def _card(device: str) -> tuple[str, bool] | None:
+def card_of(device: str) -> tuple[str, bool] | None:
     """Return (model, whether on PCIe) of a GPU's name, such as H100 or RTX 4090; None where it has none, as a CPU."""
     found = re.search(r"\b(?:RTX (?:PRO )?\d+|[A-Z]+\d+[A-Z]*)\b", device)
     return (found[0], "PCIe" in device) if found else None
 
 
-def _sheet_of_card(environment: Environment) -> Path | None:
-    """Return the packaged profile of the same GPU, for a file that was measured elsewhere; None for a CPU."""
-    card = _card(environment.device) if environment.kind == "cuda" else None
+def sheet_of_card(device: str) -> Path | None:
+    """Return the packaged profile of the GPU that its driver calls ``device``; None where there is none."""
+    card = card_of(device)
     for folder in profile_folders():
         for path in sorted(folder.glob("*.yaml")):
-            if card is not None and _card(load_hardware(path).device) == card:
+            if card is not None and card_of(load_hardware(path).device) == card:
                 return path
     return None
 

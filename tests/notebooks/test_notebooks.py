@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -85,3 +86,15 @@ def pictures(book: nbformat.NotebookNode) -> int:
     kinds = ("application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json")
     outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
     return sum(any(kind in output.get("data", {}) for kind in kinds) for output in outputs)
+
+
+@pytest.mark.slow
+def test_a_machine_is_fitted_again_after_its_quickstart(quickstart_folder: Path, tmp_path: Path) -> None:
+    """The quickstart installs ``cpu-local``; `profile` and `calibrate` then fit that profile anew."""
+    from longcat_sim.specs.hardware import load_hardware
+    from longcat_sim.studies.measure import calibrate
+
+    target = tmp_path / "cpu-local.yaml"
+    shutil.copy(quickstart_folder / "cpu-local.yaml", target)
+    calibrate(quickstart_folder / "measurements.jsonl", "cpu-local", target, draws=2)
+    assert load_hardware(target).has_own_kernels

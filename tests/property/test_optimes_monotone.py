@@ -24,9 +24,29 @@ KEYS = [
 ]  # fmt: skip
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
+def times_of(name: str) -> OpTimes:
+    return OpTimes.from_hardware(load_hardware(name))
+
+
 def h800() -> OpTimes:
-    return OpTimes.from_hardware(load_hardware("h800-sxm"))
+    return times_of("h800-sxm")
+
+
+@pytest.mark.parametrize(("variant", "heads"), [("narrow", (1, 32)), ("", (33, 128))])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_neither_of_two_kernels_falls_as_a_size_grows(
+    variant: str, heads: tuple[int, int], data: st.DataObject
+) -> None:
+    """A B200 has a kernel for few heads and one for many; from one to the other times do fall."""
+    ranges = RANGES["mla_decode"] | {"heads": heads}
+    sizes = {name: data.draw(st.integers(*bounds)) for name, bounds in ranges.items()}
+    name = data.draw(st.sampled_from(["batch", "queries", "context", "heads"]))
+    grown = {**sizes, name: data.draw(st.integers(sizes[name], ranges[name][1]))}
+    assert ("mla_decode", "bf16", variant) in times_of("b200-sxm").laws_
+    before, after = (times_of("b200-sxm").seconds(op("mla_decode", variant=variant, **s)) for s in (sizes, grown))
+    assert after >= before * (1 - 1e-9)
 
 
 @pytest.mark.parametrize("key", KEYS, ids=" ".join)

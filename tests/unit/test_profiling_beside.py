@@ -22,7 +22,7 @@ from longcat_sim.records.measurement import Measurement, load_measurements, save
 from longcat_sim.specs.hardware import load_hardware
 from longcat_sim.specs.model import model_spec
 from longcat_sim.studies.beside import rate_beside, slowdowns, summary
-from longcat_sim.studies.measure import _card, calibrate
+from longcat_sim.studies.measure import calibrate, card_of
 
 TINY = model_spec("longcat-tiny")
 CPU = Place(torch.device("cpu"), torch.float32)
@@ -199,7 +199,7 @@ def test_a_card_is_known_by_the_name_that_its_driver_gives() -> None:
         ("NVIDIA H100 80GB HBM3", "h100-sxm"), ("NVIDIA A100-SXM4-80GB", "a100-sxm"), ("NVIDIA B200", "b200-sxm"),
         ("NVIDIA GeForce RTX 4090", "rtx-4090"), ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtx-pro-6000"),
     ):  # fmt: skip
-        assert _card(driver) == _card(load_hardware(name).device) is not None
-    assert _card("NVIDIA GeForce RTX 5090") != _card(load_hardware("rtx-4090").device)
-    assert _card("NVIDIA H100 PCIe") != _card(load_hardware("h100-sxm").device)
-    assert _card("AMD EPYC 7B13") is None
+        assert card_of(driver) == card_of(load_hardware(name).device) is not None
+    assert card_of("NVIDIA GeForce RTX 5090") != card_of(load_hardware("rtx-4090").device)
+    assert card_of("NVIDIA H100 PCIe") != card_of(load_hardware("h100-sxm").device)
+    assert card_of("AMD EPYC 7B13") is None

@@ -210,9 +210,11 @@ def test_blocks_of_a_rank_are_found_in_every_report(make: Any) -> None:
     assert blocks("tokens", kv_cache=None, resolved_config=resolved) == (18908, 32)
     by_memory, _ = blocks("memory", kv_cache=None)
     assert by_memory == pytest.approx(38000, rel=0.03)
-    named = {"npu_mem": {"mem_util": 0.9}, "hardware": "RTXPRO6000"}
-    folder = make("named", model=MOE, settings=dp, kv_cache=None, config={"nodes": [{"instances": [named]}]})
-    assert RunFolder.read(folder).kv_blocks(model, 1, 2)[0] == pytest.approx(by_memory, rel=0.01)
+    bare = {"nodes": [{"instances": [{"npu_mem": {"mem_util": 0.9}}]}]}
+    folder = make("named", model=MOE, settings=dp, kv_cache=None, config=bare)
+    (folder / "profile" / "meta.yaml").write_text("gpu: NVIDIA RTX PRO 6000 Blackwell Server Edition\n")
+    with pytest.warns(UserWarning, match="the memory of rtx-pro-6000 is taken, 95.6 GiB"):
+        assert RunFolder.read(folder).kv_blocks(model, 1, 2)[0] == pytest.approx(by_memory, rel=0.01)
     folder = make("unknown", config={"nodes": [{"instances": [{"npu_mem": {"mem_util": 0.9}}]}]})
     with pytest.raises(MeasurementError, match=r"expected kv_cache\.num_gpu_blocks .*mem_size"):
         RunFolder.read(folder).kv_blocks(model_spec("qwen3-32b"), 1, 1)

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longcat_sim.calibration import OpTimes, write_fit
+from longcat_sim.calibration import OpTimes
 from longcat_sim.errors import UserError
 from longcat_sim.records.files import write_text
 from longcat_sim.records.measurement import save_measurements
-from longcat_sim.specs.hardware import load_hardware
 from longcat_sim.specs.scenario import scenario
-from longcat_sim.studies.measure import write_this_machine
+from longcat_sim.studies.measure import calibrate, write_this_machine
 from longcat_sim.studies.quickstart.checks import (
     decode_steps,
     held_out_ops,
@@ -102,9 +101,7 @@ def quickstart(out: Path, *, device: str = "auto", progress: Progress | None = N
     )  # fmt: skip
     save_measurements(out / "measurements.jsonl", measured.environment, measured.rows)
     tell(1, "fitting")
-    hardware = load_hardware(out / f"{name}.yaml")
-    times = OpTimes.fit(measured.rows, hardware)
-    write_fit(out / f"{name}.yaml", times.to_fit())
+    times = calibrate(out / "measurements.jsonl", name, out / f"{name}.yaml")
     _install(out / f"{name}.yaml", name)
     sections = [held_out_ops(times)]
     tell(2, "running decode and prefill steps")

@@ -33,7 +33,6 @@ def run() -> Section:
             section.notes.append(error.faults[0])
             continue
         is_cpu = hardware.sm_count == 1
-        split_tables: dict[tuple[str, str], list[tuple[float, int]]] = {}
         for law in times.laws_.values():
             if law.transferred_from:
                 section.notes.append(f"{name}: {' '.join(filter(None, law.key))} is that of {law.transferred_from}")
@@ -41,7 +40,6 @@ def run() -> Section:
             for split, figures in law.errors_.items():
                 drift = times.provenance.get("drift", {}).get(" ".join(filter(None, law.key)))
                 limit = _limit(law.kind, split, is_cpu, drift or 0.0)
-                is_part = law.kind == "mla_decode" and (law.kind, law.dtype, "narrow") in times.laws_ and not is_cpu
                 coverage, count = figures["coverage"], int(figures["count"])
                 note = f"median {figures['median']:.1%}, {count} points, 90 % interval holds {coverage:.0%}"
                 if drift is not None:
@@ -52,12 +50,10 @@ def run() -> Section:
                         "ratio",
                         figures["mape"],
                         error=figures["mape"],
-                        limit=None if is_part else limit,
+                        limit=limit,
                         note=note,
                     )
                 )
-                if is_part and limit is not None:
-                    split_tables.setdefault((law.dtype, split), []).append((figures["mape"], count))
                 if law.kind in GPU_KINDS and split in GPU_LIMITS and not is_cpu and not hardware.has_own_kernels:
                     by_kind.setdefault((law.kind, split), []).append((figures["mape"], count))
                 if split in ("fitted", "random p10"):
@@ -65,13 +61,9 @@ def run() -> Section:
                 where = "interpolated" if split == "random" else "extrapolated"
                 group = f"{'cpu' if is_cpu else 'gpu campaign' if hardware.has_own_kernels else 'gpu tables'}, {where}"
                 pooled.setdefault(group, []).append((coverage, count))
-        for (dtype, split), parts in split_tables.items():  # one table, two laws
-            mape, count = _mean(parts)
-            row, note = f"{name} mla_decode {dtype}, few and many heads: {split}", f"{count} points"
-            section.rows.append(Row(row, "ratio", mape, error=mape, limit=GPU_LIMITS[split], note=note))
     for (kind, split), parts in sorted(by_kind.items()):
         mape, count = _mean(parts)
-        name, note = f"gpu tables, {kind}: {split}", f"{len(parts)} tables, {count} points"
+        name, note = f"gpu tables, {kind}: {split}", f"{len(parts)} laws, {count} points"
         section.rows.append(Row(name, "ratio", mape, error=mape, limit=GPU_LIMITS[split], note=note))
     for group, parts in pooled.items():
         held, count = _mean(parts)

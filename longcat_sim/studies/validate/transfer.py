@@ -15,7 +15,7 @@ import numpy as np
 from longcat_sim.calibration import OpTimes
 from longcat_sim.calibration.answer import Key
 from longcat_sim.calibration.fitted import FittedLaw
-from longcat_sim.calibration.lenders import distance, nearest
+from longcat_sim.calibration.lenders import distance, nearest, serves
 from longcat_sim.calibration.transfer import device_of
 from longcat_sim.capacity.samples import kinds_of
 from longcat_sim.errors import SpecError
@@ -118,7 +118,12 @@ def transfer_errors(sources: Sequence[str], target: str) -> dict[str, FloatArray
     others = [OpTimes.from_hardware(load_hardware(name)) for name in sources]
     found = {}
     for key, _, points, truth in _measured(own):
-        givers = [(times.laws_[key], times.hardware) for times in others if key in times.laws_]
+        givers = [
+            (law, times.hardware)
+            for times in others
+            for law in times.laws_.values()
+            if (law.kind, law.dtype) == key[:2] and serves(law, key[2], times.laws_.values())
+        ]
         total, weights = np.zeros(len(truth)), 0.0
         for giver, lender in givers:
             try:

@@ -13,9 +13,10 @@ from typing import Any
 
 from longcat_sim.calibration.engine_links import PCIE5_PAIR, Link, law_link, measured_link
 from longcat_sim.errors import MeasurementError, WorkloadError
-from longcat_sim.specs.hardware import hardware_names, load_hardware
+from longcat_sim.specs.hardware import load_hardware
 from longcat_sim.specs.loading import read_yaml
 from longcat_sim.specs.model import ModelSpec, model_names, model_spec
+from longcat_sim.studies.measure import sheet_of_card
 
 BLOCK_TOKENS = 16
 """vLLM's default KV block on CUDA."""
@@ -294,19 +295,20 @@ class RunFolder:
         return max(0, int((total * share - weights) / per_block))
 
     def _card_bytes(self) -> float | None:
-        """Return a card's memory: the deployment's, what the engine saw, or the packaged profile's of that name."""
+        """Return a card's memory: the deployment's, what the engine saw, or its packaged profile's."""
         given: Any = (self.instance.get("npu_mem") or {}).get("mem_size")
         if _is_number(given):
             return float(given) * 2**30
         seen: Any = (self.meta.get("hardware") or {}).get("device_total_memory_bytes")
         if _is_number(seen):
             return float(seen)
-        card = _letters(str(self.instance.get("hardware", "")))
-        for name in hardware_names() if card else ():
-            if card in (_letters(name), _letters(name.removesuffix("-sxm"))):
-                return load_hardware(name).memory
-        return None
-
-
-def _letters(name: str) -> str:
-    return "".join(filter(str.isalnum, name)).lower()
+        sheet = sheet_of_card(str(self.profile.get("gpu", "")))
+        if sheet is None:
+            return None
+        memory = load_hardware(sheet).memory
+        warnings.warn(
+            f"{self.path}: no npu_mem.mem_size in config.json: the memory of {sheet.stem} is taken, "
+            f"{memory / 2**30:.1f} GiB a card",
+            stacklevel=4,
+        )
+        return memory
