@@ -28,13 +28,17 @@ from longcat_sim.studies.fleet_figures import (
     fleet_size,
     highest_rate,
     is_met,
+    is_met_for_long,
     simulate_fleet,
     ttft_and_tpot_limits,
 )
+from longcat_sim.studies.simulate import leans_on
 
 FRONT = {"usd_per_million_output_tokens_all_in": 1, "tpot_s": 1, "ttft_s": 1}
 MOST_ASSESSED = 8
 """Leading fleets whose probability is found before the search gives up."""
+MORE, MOST_SIMULATED = 4, 60
+"""Fleets simulated at once beyond the survivors, while a cheaper one than the best may keep the level; and in all."""
 
 
 def _step_function(scenario: Scenario) -> StepFunction:
@@ -82,12 +86,18 @@ def serving_capacity(
     ranked = [int(i) for i in np.flatnonzero(within)[np.argsort(values[within], kind="stable")]]
     chosen = list(dict.fromkeys([*ranked[: search.survivors // 2], *front, *ranked]))[: search.survivors]
     began = time.perf_counter()
-    cases = [scenario.what_if(screened.changes[i]) for i in chosen]
-    points = sweep(cases, simulate_fleet, executor, store=store, progress=progress)
-    rows = [Survivor(i, screened.row(i), p.figures, p.faults) for i, p in zip(chosen, points, strict=True)]
+    rows: list[Survivor] = []
+    while chosen:
+        cases = [scenario.what_if(screened.changes[i]) for i in chosen]
+        points = sweep(cases, simulate_fleet, executor, store=store, progress=progress)
+        rows += [Survivor(i, screened.row(i), p.figures, p.faults) for i, p in zip(chosen, points, strict=True)]
+        for row in rows[-len(chosen) :]:
+            _check_for_long(row, scenario)
+        chosen = _cheaper(rows, screened, [i for i in ranked if within[i]], values, scenario)
     winner = _choose(rows, scenario, executor)
     best = scenario.what_if(screened.changes[winner.at])
-    failed = np.zeros(len(values), dtype=bool)  # simulated, and over the level: no reason against the winner
+    # simulated and over the level, or better than the winner and ruled out by what was: no reason against the winner
+    failed = values < values[winner.at]
     failed[[row.at for row in rows if row.figures is None or not is_met(row.figures, scenario)]] = True
     left = _without_spares(best, search.spare_replicas)
     rate = highest_rate(left, executor, stay_s=winner.figure("stay_s", 0.0))
@@ -105,6 +115,11 @@ def serving_capacity(
         notes.append("search.sequences_per_gpu has no effect under traffic, which makes its own batches")
     if served.workload.sessions is None and served.workload.trace is not None:
         notes.append("screening ignores prefix hits between requests of the trace; the simulation has them")
+    leaning, said = leans_on(best, Traffic.of(best).decode_context)
+    if leaning:
+        notes += [*said, "the winner leans on times that were not measured on its hardware: its place may change"]
+    if len(rows) >= MOST_SIMULATED:
+        notes.append(f"{len(rows)} fleets were simulated, the most that are: a cheaper one may keep the level too")
     if scenario.draws == 1:
         notes.append("draws: 1 is a point estimate, without intervals or a probability; --set draws=16 gives both")
     reasons = _why(screened, winner, scenario, within & ~failed)
@@ -168,6 +183,41 @@ def _binding(scenario: Scenario, rate: Mapping[str, Any]) -> dict[str, Any]:
         "sentence": f"{where}{said}; a {'prompt' if is_prompt else 'decode'} step's time goes with "
         f"{time_goes_with(shares)}",
     }  # fmt: skip
+
+
+def _check_for_long(row: Survivor, scenario: Scenario) -> None:
+    """Take a fleet that keeps its level in a short run for one whose queue grows, if it does not in a long one."""
+    if row.figures is not None and is_met(row.figures, scenario):
+        fleet = scenario.what_if(row.screened["changes"])
+        row.figures = {**row.figures, "unstable": not is_met_for_long(fleet, row.figures["stay_s"])}
+
+
+def _cheaper(
+    rows: list[Survivor], screened: ScreenedFleets, ranked: list[int], values: Any, scenario: Scenario
+) -> list[int]:
+    """Return the next fleets to simulate: better than the best so far, and screened as faster than those that failed.
+
+    Without them the best of the survivors would be the answer, though the fluid model only ranks: the cheapest may
+    fail, and the points of the front that do not are dear.
+    """
+    kept = [values[row.at] for row in rows if row.figures is not None and is_met(row.figures, scenario)]
+    best = min(kept, default=np.inf)
+    limits = dict.fromkeys(("ttft_s", "tpot_s", "load"), np.inf)
+    for row in rows:
+        if row.figures is None or is_met(row.figures, scenario):
+            continue
+        late = {f"{name}_s": row.figures[f"missed_{name}"] for name in ("ttft", "tpot")}
+        broken = "load" if row.figures["unstable"] or not any(late.values()) else max(late, key=lambda name: late[name])
+        limits[broken] = min(limits[broken], row.screened[broken])
+    done = {row.at for row in rows}
+    left = [
+        i
+        for i in ranked
+        if i not in done
+        and values[i] < best
+        and all(screened.columns[name][i] < limit for name, limit in limits.items())
+    ]
+    return left[: min(MORE, MOST_SIMULATED - len(rows))]
 
 
 def _choose(rows: list[Survivor], scenario: Scenario, executor: Executor | None) -> Survivor:

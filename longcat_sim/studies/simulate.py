@@ -145,11 +145,8 @@ def simulate_traffic(
     assert serve is not None
     window = TRACE_WINDOW_S if keep_spans else None
     run, figures = serve_once(scenario, step_by_step=step_by_step, window=window)
-    notes: list[str] = []
-    for part in (pools_of(scenario, serve)).values():
-        typical = _typical_step(part, run)
-        figures["extrapolated"] = bool(figures["extrapolated"] or is_extrapolated(typical.tags))
-        notes += _op_notes(op_times_of(part.hardware), part, typical)
+    leaning, notes = leans_on(scenario, _mean_context(run))
+    figures["extrapolated"] = bool(figures["extrapolated"] or leaning)
     intervals = None
     if scenario.draws > 1:
         drawn = []
@@ -159,7 +156,6 @@ def simulate_traffic(
             drawn.append(serve_once(scenario, draw)[1])
         intervals = metrics.intervals(figures, drawn, run.interpolation_error)
         figures["wall_s"] += sum(each["wall_s"] for each in drawn)
-    notes = list(dict.fromkeys(notes))
     notes += budget_notes(pools_of(scenario, serve), serve) + _price_notes(pools_of(scenario, serve).values())
     longest = scenario.model.max_position_embeddings
     beyond = int((run.records.numpy("input") + run.records.numpy("output") > longest).sum())
@@ -203,11 +199,22 @@ def simulate_traffic(
     return ServeOutcome(scenario, run, figures, intervals, notes)
 
 
-def _typical_step(part: Scenario, run: ServingResult) -> StepResult:
-    """Return one decode step of a pool at the run's mean context: what its figures lean on."""
+def _mean_context(run: ServingResult) -> float:
+    """Return the mean context of a run's requests in the middle of their answers."""
     columns = run.records
     done = columns.numpy("status") == 1
-    context = float((columns.numpy("input")[done] + columns.numpy("output")[done] / 2).mean()) if done.any() else 1024.0
+    return float((columns.numpy("input")[done] + columns.numpy("output")[done] / 2).mean()) if done.any() else 1024.0
+
+
+def leans_on(scenario: Scenario, context: float) -> tuple[bool, list[str]]:
+    """Return whether a decode step of some pool at this context leans on times that nobody measured, and what a reader
+    must know of its op times."""
+    assert scenario.serve is not None
+    leaning, notes = False, []
     step = {"phase": "decode", "sequences_per_gpu": 4, "context_tokens": max(1.0, context)}
-    case = part.what_if({"step": step, "deployment.overlap": "none"})
-    return simulate_step(case, op_times_of(part.hardware), check=False)
+    for part in pools_of(scenario, scenario.serve).values():
+        op_times = op_times_of(part.hardware)
+        typical = simulate_step(part.what_if({"step": step, "deployment.overlap": "none"}), op_times, check=False)
+        leaning |= is_extrapolated(typical.tags)
+        notes += _op_notes(op_times, part, typical)
+    return leaning, list(dict.fromkeys(notes))
