@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from longcat_sim.calibration.fitted import FittedLaw
 from longcat_sim.calibration.laws import Device
 from longcat_sim.calibration.table import TimeTable
-from longcat_sim.ops.op import Tag
+from longcat_sim.calibration.weights import law_seconds
+from longcat_sim.ops.op import FloatArray, Tag
 
 Key = tuple[str, str, str]
 """(kind, dtype, variant)."""
@@ -30,3 +33,24 @@ class Answer:
     """Standard deviation (log) added because the law was carried to other hardware, precision or variant."""
     origin: str = ""
     """The other device on which it was measured, if it was not on this one."""
+    is_edited: bool = False
+    """Whether the law is this device's own, and only figures of its data sheet were changed."""
+
+    @property
+    def is_far(self) -> bool:
+        """Whether held-out errors at measured sizes say too little: the law is of other kernels or cores."""
+        return self.best == "extrapolated" and not self.is_edited
+
+    def spread_at(self, points: tuple[FloatArray, ...]) -> FloatArray:
+        """Return the standard deviation (log) to add at each point [N].
+
+        Of an edited data sheet it is no more than the edit moves the law: a kernel that waits for memory is as well
+        known as before when the peak is twice as high, and one that gains half can lose no more than that.
+        """
+        if not self.is_edited:
+            return np.full(len(points[0]), self.spread)
+        law = self.law
+        before, after = (
+            law_seconds(law.weights_, points, law.kind, self.dtype, device) for device in (law.reference, self.device)
+        )
+        return np.minimum(self.spread, np.abs(np.log(after / before)))

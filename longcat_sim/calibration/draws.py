@@ -89,7 +89,7 @@ class Draw:
         normal = np.sqrt(law.correlation_) * common + np.sqrt(1 - law.correlation_) * wave
         share = _normal_cdf(normal)
         tags = law.tags(points)
-        outside = np.array([tag == "extrapolated" for tag in tags]) | (answer.best == "extrapolated")
+        outside = np.array([tag == "extrapolated" for tag in tags]) | answer.is_far
         ratio = np.interp(share, LEVELS, _tamed(law.quantiles("interpolated")))
         if outside.any():
             ratio = np.where(outside, np.interp(share, LEVELS, _tamed(law.quantiles("extrapolated"))), ratio)
@@ -100,7 +100,7 @@ class Draw:
                     / law_seconds(law.weights_, points, law.kind, answer.dtype, answer.device)
                 )
                 ratio = ratio + np.where(outside, bent, 0.0)
-        return base * np.exp(ratio + shift * answer.spread)
+        return base * np.exp(ratio + shift * answer.spread_at(points))
 
     def demand(self, op: Op) -> ResourceShares:
         """Return the fit's shares: a slower draw of an op asks for the same resources for longer."""

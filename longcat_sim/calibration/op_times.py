@@ -212,8 +212,10 @@ class OpTimes:
         seconds = self.seconds(op)
         low, high, spread = 0.0, 0.0, SHEET_ERROR
         if answer is not None:
-            low, high = np.interp([(1 - level) / 2, (1 + level) / 2], LEVELS, answer.law.quantiles(self.tag(op)))
-            spread = answer.spread
+            point = tuple(np.atleast_1d(np.asarray(part, dtype=float)) for part in answer.reduce(op.dims))
+            tag = "extrapolated" if answer.is_far else answer.law.tags(point)[0]
+            low, high = np.interp([(1 - level) / 2, (1 + level) / 2], LEVELS, answer.law.quantiles(tag))
+            spread = float(answer.spread_at(point)[0])
         extra = float(ndtri((1 + level) / 2)) * spread
         return seconds * float(np.exp(low - extra)), seconds * float(np.exp(high + extra))
 
@@ -236,7 +238,8 @@ class OpTimes:
                 law = " ".join(filter(None, answer.law.key))
                 origin = f" of {answer.origin}" if answer.origin else ""
                 source = "laws" if answer.origin and law == name else law
-                widened = f"interval widened by {answer.spread:.0%} (measured transfer error)"
+                most = "up to " if answer.is_edited else ""
+                widened = f"interval widened by {most}{answer.spread:.0%} (measured transfer error)"
                 says = f"carried over from {source}{origin}; {widened}"
             else:
                 continue
@@ -302,7 +305,8 @@ class OpTimes:
         spread = transfer_spread(law, same, dtype, variant, other_cores=other_cores, other_maker=other_maker)
         carried = law.kind != kind or law.dtype != dtype or law.variant not in ("", variant)
         best: Tag = "extrapolated" if carried or spread > 0 else "interpolated" if origin else "measured"
-        return Answer(law, law.table(device, dtype), device, dtype, best, reduce, spread, origin)
+        edited = lent is None and not carried and bool(law.residuals_)
+        return Answer(law, law.table(device, dtype), device, dtype, best, reduce, spread, origin, edited)
 
     def _sheet_seconds(self, op: Op) -> float:
         try:

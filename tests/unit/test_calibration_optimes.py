@@ -5,7 +5,7 @@ from longcat_sim.calibration import OpTimes, Roofline, write_fit
 from longcat_sim.calibration.laws import Device
 from longcat_sim.calibration.weights import law_seconds, weigh
 from longcat_sim.errors import MeasurementError, UnmeasuredOpError
-from longcat_sim.ops import OpArrays, op
+from longcat_sim.ops import Op, OpArrays, op
 from longcat_sim.records.measurement import Measurement
 from longcat_sim.specs.hardware import HardwareSpec, load_hardware
 
@@ -104,12 +104,15 @@ def test_a_changed_peak_scales_the_law_and_widens_the_interval(times: OpTimes) -
     assert changed.seconds(small) == pytest.approx(times.seconds(small), rel=0.02)
     assert changed.tag(big) == "extrapolated"
 
-    def width(of: OpTimes) -> float:
-        low, high = of.interval(big)
+    def width(of: OpTimes, asked: Op = big) -> float:
+        low, high = of.interval(asked)
         return high / low
 
     assert width(changed) > width(times) * 1.2
-    assert "widened by" in changed.notes([big])[0]
+    assert width(changed, small) < width(times, small) * 1.1  # it waits for memory: a peak tells nothing of it
+    assert "widened by up to" in changed.notes([big])[0]
+    drawn = [np.median([of.draw(i).seconds(small) for i in range(100)]) for of in (times, changed)]
+    assert drawn[1] == pytest.approx(drawn[0], rel=0.03)
 
 
 def test_draws_are_repeatable_and_spread_as_the_interval_says(times: OpTimes) -> None:
