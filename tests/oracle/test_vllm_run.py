@@ -1,12 +1,15 @@
 """A recorded vLLM run, predicted from the profile of its card, beside what was measured; and other such folders."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from longcat_sim.calibration.attention_tables import AttentionTable
 from longcat_sim.calibration.engine_links import Collective
 from longcat_sim.calibration.engine_times import EngineTimes, capture_sizes
 from longcat_sim.calibration.layer_profile import LayerProfile
@@ -100,16 +103,49 @@ def test_step_is_the_sum_of_its_kernels(folder: Path) -> None:
     dense = {name: dict(zip(*curve, strict=True)) for name, curve in profile.dense.items()}
     head = {name: dict(zip(*curve, strict=True)) for name, curve in profile.per_sequence.items()}
     layer = sum(dense[n][8] for n in ("qkv_proj", "rotary_emb", "o_proj", "gate_up_proj", "act_fn", "down_proj"))
-    layer += 2 * dense["layernorm"][8] + profile.attention.tables[0.0][1][0.0][1][4][1][7]
+    keys, attention = profile.attention.decode[1][4]
+    layer += 2 * dense["layernorm"][8] + attention[7]
     total = 32 * layer + dense["embedding"][8] + dense["final_layernorm"][8]
     total += head["lm_head"][4] + head["sampler"][4]
-    assert profile.attention.tables[0.0][1][0.0][1][4][0][7] == 1024
+    assert keys[7] == 1024
     # three sequences would run the graph of 4; five that of 8
     assert times.rows(3) == 4
     assert times.rows(5) == 8
     wide = EngineTimes(profile, model_spec("llama-3.1-8b"), 128)
     wide.sizes = [8]
     assert wide.step_ns([1024] * 4, ()) == round(total * 1000)
+
+
+@pytest.mark.parametrize(("left_out", "most"), [("rows", 0.015), ("chunk", 0.02), ("count", 0.05)])
+def test_attention_that_was_left_out_is_interpolated(folder: Path, tmp_path: Path, left_out: str, most: float) -> None:
+    """Beside 64 and more sequences, where a cache stops holding what heads share between two measured contexts."""
+    with (folder / "profile" / "tp1" / "attention.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    mixed = [
+        row
+        for row in rows
+        if float(row["prefill_chunk"]) > 0 and float(row["n_decode"]) >= 64 and 128 <= float(row["kv_decode"]) <= 4096
+    ]
+    some = {id(mixed[i]) for i in np.random.default_rng(0).permutation(len(mixed))[:400]}
+    without = {
+        "rows": lambda row: id(row) in some,
+        "chunk": lambda row: float(row["prefill_chunk"]) == 256,
+        "count": lambda row: float(row["n_decode"]) == 64 and float(row["prefill_chunk"]) > 0,
+    }[left_out]
+    path = tmp_path / "attention.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(row for row in rows if not without(row))
+    table = AttentionTable.read(path)
+    names = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
+    missed = [
+        abs(table.us(*(float(row[name]) for name in names)) / float(row["time_us"]) - 1)
+        for row in mixed
+        if without(row)
+    ]
+    assert len(missed) >= 140
+    assert np.mean(missed) < most
 
 
 def test_capture_sizes_and_collectives() -> None:
