@@ -76,11 +76,12 @@ def scenarios(draw: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     for _ in range(draw(st.integers(0, 2))):
         pool = pick(*pools)
         size = serve[pool]["replicas"] if disaggregated else replicas
+        kind = pick("replica_loss", "slow_rank", *(["link_degradation"] if disaggregated else []))
+        place = {} if kind == "link_degradation" else {"pool": pool, "replica": draw(st.integers(0, size - 1))}
         faults.append(
             {
-                "kind": pick("replica_loss", "slow_rank", *(["link_degradation"] if disaggregated else [])),
-                "at": f"{draw(st.integers(1, 900))} ms", "duration": f"{draw(st.integers(1, 300))} ms", "pool": pool,
-                "replica": draw(st.integers(0, size - 1)), "in_flight": pick("retry", "fail"),
+                "kind": kind, "at": f"{draw(st.integers(1, 900))} ms", "duration": f"{draw(st.integers(1, 300))} ms",
+                "in_flight": pick("retry", "fail"), **place,
             }
         )  # fmt: skip
     serve["faults"] = faults

@@ -240,6 +240,37 @@ def test_slow_rank_stretches_the_steps_that_start_in_its_window() -> None:
     assert play([(0.0, 1, 4)], faults=[fault]).records[0].last_token_s == pytest.approx(0.061)
 
 
+def test_of_overlapping_slow_ranks_the_worst_counts() -> None:
+    faults = [
+        {"kind": "slow_rank", "at": "21 ms", "duration": "25 ms", "slowdown": 3.0},
+        {"kind": "slow_rank", "at": "22 ms", "duration": "1 s", "slowdown": 2.0},
+    ]
+    # tokens at 11 and 21 ms, then steps of 30 (to 51, when the first is over), 20 and 20 ms
+    assert play([(0.0, 1, 5)], faults=faults).records[0].last_token_s == pytest.approx(0.091)
+
+
+@pytest.mark.parametrize(("slowdowns", "transfer_s"), [((), 0.040), ((4.0,), 0.160), ((2.0, 4.0, 4.0), 0.160)])
+def test_a_degraded_link_stretches_transfers_and_the_worst_counts(slowdowns: tuple, transfer_s: float) -> None:
+    faults = [{"kind": "link_degradation", "at": "0 s", "duration": "1 s", "slowdown": s} for s in slowdowns]
+    spec = serve_spec(prefill={"replicas": 1}, decode={"replicas": 1}, faults=faults)
+    engine = Engine(PLAIN, 1000, 1, kv_bytes_per_token=1e6)
+    link = KvLink(1e9, 0.0, layer_wise=False)
+    rows = requests((0.0, 40, 3), (1.5, 40, 3))  # the second when the link is whole again
+    found = simulate_serving(spec, {"prefill": engine, "decode": engine}, kv_link=link, requests=rows).records
+    # 50 ms of prefill, the transfer, two steps of 10 ms that no link slows
+    assert found[0].last_token_s == pytest.approx(0.050 + transfer_s + 0.020)
+    assert found[1].last_token_s == pytest.approx(1.5 + 0.050 + 0.040 + 0.020)
+
+
+def test_a_link_fault_has_no_replica_and_needs_a_link() -> None:
+    pools = {"prefill": {"replicas": 1}, "decode": {"replicas": 1}}
+    for place in ({"replica": 0}, {"pool": "decode"}):
+        with pytest.raises(ValueError, match=rf"whole KV link.*got {next(iter(place))}; remove .*slow_rank"):
+            serve_spec(**pools, faults=[{"kind": "link_degradation", "at": "1 s", **place}])
+    with pytest.raises(ValueError, match=r"faults\[0\].kind.*got shared replicas.*slow_rank.*scale_up.bandwidth"):
+        serve_spec(faults=[{"kind": "link_degradation", "at": "1 s"}])
+
+
 def test_cold_start_and_autoscaler() -> None:
     spec = serve_spec(cold_start=True)
     cold = simulate_serving(spec, Engine(PLAIN, 100, weight_load_s=2.0), requests=requests((0.0, 1, 1)))

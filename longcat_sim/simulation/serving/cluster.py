@@ -49,7 +49,8 @@ class Cluster:
         self.in_flight = 0
         self.expected = 1
         """Requests in flight or yet to arrive, and 1 while the stream may hold more."""
-        self.link_slowdown = 1.0
+        self.slowdowns: dict[Replica | None, list[float]] = {}
+        """Factors in force, by replica; None: the KV link."""
         self.transfers = 0
         self.router = serve.router
         self.max_queue = serve.max_queue
@@ -237,7 +238,7 @@ class Cluster:
         """
         assert self.link is not None
         size = request.prompt * replica.pool.engine.kv_bytes_per_token
-        factor = self.link_slowdown / self.link.bytes_per_s * 1e9
+        factor = max(self.slowdowns.get(None, ()), default=1.0) / self.link.bytes_per_s * 1e9
         own = round(size * factor * self.link.ranks)  # over the part of the rank that holds it
         begin = replica.started if self.link.layer_wise else now
         free = self.link_free[replica] = max(self.link_free.get(replica, 0), begin) + round(size * factor)
@@ -339,15 +340,11 @@ class Cluster:
         now: int = self.env._now  # type: ignore[assignment]
         end = None if fault.duration is None else now + round(fault.duration * NS)
         if fault.kind == "link_degradation":
-            self.link_slowdown *= fault.slowdown
-            if end is not None:
-                self.at(end, FAULT, lambda _: setattr(self, "link_slowdown", self.link_slowdown / fault.slowdown))
+            self._slow(None, fault.slowdown, end)
             return
         replica = self.pools[fault.pool].replicas[fault.replica]
         if fault.kind == "slow_rank":
-            self._slow(replica, replica.slowdown * fault.slowdown)
-            if end is not None:
-                self.at(end, FAULT, lambda _: self._slow(replica, replica.slowdown / fault.slowdown))
+            self._slow(replica, fault.slowdown, end)
             return
         if not replica.is_up:
             return
@@ -363,12 +360,24 @@ class Cluster:
         if end is not None:
             self.at(end, FAULT, lambda _: None if replica.is_up else self._start(replica, True))
 
-    def _slow(self, replica: Replica, slowdown: float) -> None:
-        """Change the speed of the steps that start from now on."""
-        replica.slowdown = slowdown
-        now: int = self.env._now  # type: ignore[assignment]
-        if replica.phase == DECODE:
-            replica.poke(now)
+    def _slow(self, which: Replica | None, slowdown: float, end: int | None) -> None:
+        """Slow the steps of a replica, or the transfers of the KV link, that start from now on until ``end``."""
+        factors = self.slowdowns.setdefault(which, [])
+
+        def changed() -> None:
+            if which is not None:
+                which.slowdown = max(factors, default=1.0)
+                if which.phase == DECODE:
+                    which.poke(self.env._now)  # type: ignore[arg-type]
+
+        def over(_: Any) -> None:
+            factors.remove(slowdown)
+            changed()
+
+        factors.append(slowdown)
+        changed()
+        if end is not None:
+            self.at(end, FAULT, over)
 
     def _schedule_scaling(self, scaler: Autoscaler) -> None:
         def tick(_: Any) -> None:
