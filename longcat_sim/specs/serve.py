@@ -233,8 +233,8 @@ class Fault(Part):
     prefill and decode pools, for the transfers that begin while it lasts, and no step.
     """
 
-    kind: Literal["replica_loss", "slow_rank", "link_degradation"]
-    at: Seconds
+    kind: Literal["replica_loss", "slow_rank", "link_degradation"] = Field(examples=["slow_rank"])
+    at: Seconds = Field(examples=["60 s"])
     duration: Seconds | None = None
     pool: Literal["shared", "prefill", "decode"] = "shared"
     replica: NonNegativeInt = 0
@@ -286,7 +286,9 @@ class Serve(Part):
     router: Literal["round_robin", "least_loaded", "prefix_aware"] = "least_loaded"
     scheduler: Scheduler = Scheduler()
     slo: tuple[ServiceLevel, ...] = (ServiceLevel(),)
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[Fault, ...] = Field(
+        default=(), examples=["[{kind: slow_rank, at: 60 s, duration: 30 s, replica: 0, slowdown: 2}]"]
+    )
     autoscaler: Autoscaler | None = None
     cold_start: bool = False
     """Replicas start by loading their weights, at time 0 too."""

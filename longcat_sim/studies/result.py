@@ -132,6 +132,9 @@ class ServeOutcome:
         )
         rows.append(("fleet (replicas x GPUs)", fleet, ""))
         rows.append(("requests completed", f"{got['completed']} of {got['requests']}", ""))
+        gone = [name for name in ("rejected", "failed", "retried") if got[name]]
+        if gone:
+            rows.append((f"requests {' / '.join(gone)}", " / ".join(str(got[name]) for name in gone), ""))
         for key, name, unit, factor in (
             ("ttft_s", "TTFT", "s", 1.0), ("tpot_s", "TPOT", "ms", 1e3), ("e2e_s", "end to end", "s", 1.0),
         ):  # fmt: skip
