@@ -82,7 +82,7 @@ def serving_metrics(result: ServingResult) -> dict[str, Any]:
     input_sum, cached_sum = int(inputs[done].sum(dtype=np.int64)), int(cached[done].sum(dtype=np.int64))
     output_sum = int(outputs[done].sum(dtype=np.int64))
     prefix = cached_sum / input_sum if input_sum else 0.0
-    classes, goodput = _goodput(result, done, seconds)
+    classes, goodput = _goodput(result, counted, seconds)
     session_s, tool_s = _sessions(result, done)
     steps = sum(pool.num_steps for pool in result.pools.values())
     outside = sum(pool.outside_steps for pool in result.pools.values())
@@ -123,9 +123,14 @@ def serving_metrics(result: ServingResult) -> dict[str, Any]:
     return figures
 
 
-def _goodput(result: ServingResult, done: npt.NDArray[np.bool_], seconds: float) -> tuple[dict[str, Any], float]:
-    """Return attainment per class, and completed requests within their level per second."""
+def _goodput(result: ServingResult, counted: npt.NDArray[np.bool_], seconds: float) -> tuple[dict[str, Any], float]:
+    """Return attainment per class, and completed requests within their level per second.
+
+    ``attained_ratio`` is of all counted requests of the class (``offered``): one that was rejected or failed was not
+    served within any level.
+    """
     columns = result.records
+    done = counted & (columns.numpy("status") == 1)
     arrival, first, last = (columns.numpy(name) for name in ("arrival", "first", "last"))
     outputs, of_class = columns.numpy("output"), columns.numpy("slo_class")
     classes = {}
@@ -139,11 +144,12 @@ def _goodput(result: ServingResult, done: npt.NDArray[np.bool_], seconds: float)
             good &= last - first <= level.tpot * 1e9 * np.maximum(outputs - 1, 0)
         if level.e2e is not None:
             good &= last - arrival <= level.e2e * 1e9
-        count, met = int(mine.sum()), int(good.sum())
+        offered, met = int((counted & (of_class == at)).sum()), int(good.sum())
         good_sum += met
         classes[level.name] = {
-            "completed": count,
-            "attained_ratio": met / count if count else None,
+            "offered": offered,
+            "completed": int(mine.sum()),
+            "attained_ratio": met / offered if offered else None,
             "goodput_requests_per_s": met / seconds,
         }
     return classes, good_sum / seconds

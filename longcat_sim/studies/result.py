@@ -163,7 +163,7 @@ class ServeOutcome:
                 rows.append((name, shown, unit))
         for name, level in got["slo"].items():
             if level["attained_ratio"] is not None:
-                rows.append((f"within the SLO {name}", f"{level['attained_ratio']:.1%}", "of requests"))
+                rows.append((f"within the SLO {name}", f"{level['attained_ratio']:.1%}", "of requests offered"))
         bill = got.get("bill_usd")
         if bill and bill["total"]:
             rows.append(("idle share of the bill", f"{bill['idle'] / bill['total']:.1%}", ""))

@@ -348,6 +348,27 @@ def test_metrics_have_the_promised_keys_and_hand_worked_values() -> None:
     json.dumps(figures)
 
 
+def test_what_was_not_served_is_not_within_its_level() -> None:
+    """Of four requests one is too long, of another the replica is lost: half of them, not all, are within the level."""
+    rows = requests((0.0, 1, 2), (0.1, 90, 20), (0.2, 1, 2), (0.3, 1, 20))
+    rows[1].slo_class = 1
+    spec = serve_spec(
+        scheduler={"max_model_len": 100}, slo=[{"name": "a", "ttft": "1 s"}, {"name": "b"}, {"name": "unused"}],
+        faults=[{"kind": "replica_loss", "at": "350 ms", "duration": "1 s", "in_flight": "fail"}],
+    )  # fmt: skip
+    figures = simulate_serving(spec, Engine(PLAIN, 1000), requests=rows).metrics()
+    assert (figures["completed"], figures["rejected"], figures["failed"]) == (2, 1, 1)
+    classes = figures["slo"]
+    assert (classes["a"]["offered"], classes["a"]["completed"]) == (3, 2)
+    assert classes["a"]["attained_ratio"] == pytest.approx(2 / 3)
+    assert classes["b"]["attained_ratio"] == 0.0
+    assert classes["unused"]["attained_ratio"] is None
+    half = {"slo": {"a": {"attained_ratio": 0.5}}}
+    assert metrics.intervals(figures, [half, half])["slo"]["a"]["attained_ratio"] == pytest.approx(
+        {"p5": 0.5, "p95": 2 / 3}
+    )
+
+
 def test_overload_ends_and_says_so_with_the_rate_that_could_be_kept_up() -> None:
     one = LinearStepTimes(fixed_ns=10 * MS)
     workload = {"arrivals": {"rate": "300 /s"}, "input_tokens": 1, "output_tokens": 4, "num_requests": 1500}
