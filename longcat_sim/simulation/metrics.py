@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float64]
 Summary = dict[str, float] | None
 PERCENTILES = (50, 90, 95, 99)
+FEWEST_STAYS = 100
+"""Requests that must come and go while all queues last for their stays to tell the speed of full batches. Assumed."""
 
 
 def summary(values: npt.NDArray[Any], scale: float = 1e-9) -> Summary:
@@ -177,6 +179,9 @@ def stability(result: ServingResult) -> tuple[bool, float | None]:
 
     In the second half of the arrivals, the number waiting for admission must not grow by more than four standard
     deviations of a Poisson count and 5 % of the half's arrivals. Closed loops cannot overload.
+
+    The rate is what the fleet completes with a queue that is never empty, whatever the service level, of requests that
+    are not refused. It is rough where requests stay longer than the queue lasts.
     """
     columns = result.records
     arrivals = result.serve.workload.arrivals
@@ -196,14 +201,32 @@ def stability(result: ServingResult) -> tuple[bool, float | None]:
     growth = waiting(end) - waiting(middle)
     if growth <= max(0.05 * came, 4 * came**0.5):
         return False, None
-    # from then until the last one was admitted, the queue was never empty: what was served in that time is the
-    # capacity, of a request that was under way at either end the share of its stay
-    drained = int(started[-1]) if len(started) else end
-    done = (scheduled >= 0) & (columns.numpy("status") == 1)
-    begin, stop = scheduled[done], columns.numpy("last")[done]
-    shared = np.minimum(stop, drained) - np.maximum(begin, middle)
-    served = float((np.maximum(shared, 0) / np.maximum(stop - begin, 1)).sum())
-    return True, served / max((drained - middle) * 1e-9, 1e-9)
+    return True, _full_rate(result, middle, end)
+
+
+def _full_rate(result: ServingResult, begin: int, end: int) -> float:
+    """Return the requests per second that the replicas complete from ``begin`` on while all have a queue: until the
+    last arrival (``end``), or the first replica has admitted its last one.
+
+    By Little's law: those in service on average, over the stay of a mean request of the whole traffic at the speed of
+    that time. Completions would not do: long requests are the last to leave batches that have just filled up, and equal
+    ones leave in waves. Nor would stays that end later, when batches drain and steps get shorter.
+    """
+    columns = result.records
+    scheduled, first, last, replica = (columns.numpy(name) for name in ("scheduled", "first", "last", "replica"))
+    done = columns.numpy("status") == 1
+    gaps = np.maximum(columns.numpy("output") - 1, 0)
+    if not done.any():
+        return 0.0
+    queued = [int(scheduled[done & (replica == one)].max()) for one in np.unique(replica[done])]
+    end = max(end, min(queued))
+    for chosen in (done & (scheduled >= begin) & (last <= end), done & (last > begin) & (last <= end), done):
+        if chosen.sum() >= FEWEST_STAYS:
+            break
+    prefill_s = float((first - scheduled)[chosen].mean()) * 1e-9
+    per_token_s = float((last - first)[chosen].sum()) * 1e-9 / max(int(gaps[chosen].sum()), 1)
+    in_service = np.maximum(np.minimum(last, end) - np.maximum(scheduled, begin), 0)[done].sum() / max(end - begin, 1)
+    return float(in_service) / (prefill_s + float(gaps[done].mean()) * per_token_s)
 
 
 def intervals(

@@ -183,7 +183,10 @@ class ServeOutcome:
         lines = [f"{self.scenario.name}: {self._window():.0f} s of traffic", "", table(self.rows())]
         if self.figures["unstable"]:
             rate = self.figures["sustainable_requests_per_s"]
-            lines.append(f"UNSTABLE: the queue grows without bound; about {rate:.3g} requests/s can be kept up")
+            lines.append(
+                f"UNSTABLE: the queue grows without bound; about {rate:.3g} requests/s can be kept up with "
+                "a queue that is never empty, which says nothing of the SLO: capacity finds the rate within it"
+            )
         lines += [f"note: {note}" for note in self.notes]
         lines.append(f"simulated in {self.figures['wall_s']:.2f} s")
         return "\n".join(lines)

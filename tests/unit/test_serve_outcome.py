@@ -44,3 +44,15 @@ def test_the_table_counts_what_was_retried_and_failed() -> None:
         faults = [{**fault, "in_flight": kept} for fault in lost]
         rows = {name: value for name, value, _ in simulate(traffic(serve__faults=faults)).rows()}
         assert int(rows[name]) > 0
+
+
+def test_an_overload_is_not_told_to_run_longer() -> None:
+    short = traffic(400, "400 /s", serve__scheduler__max_num_seqs=4)
+    calm = simulate(traffic(40, "20 /s"))
+    assert not calm["unstable"]
+    assert any("no steady state" in note for note in calm.notes)
+    found = simulate(short)
+    assert found["unstable"]
+    assert not any("steady state" in note for note in found.notes)
+    assert f"about {found['sustainable_requests_per_s']:.3g} requests/s can be kept up" in str(found)
+    assert "says nothing of the SLO" in str(found)

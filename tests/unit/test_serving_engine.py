@@ -380,6 +380,27 @@ def test_overload_ends_and_says_so_with_the_rate_that_could_be_kept_up() -> None
     assert simulate_serving(calm, Engine(one, 10_000)).metrics()["unstable"] is False
 
 
+@pytest.mark.parametrize("outputs", [{"distribution": "exponential", "mean": 200}, 200])
+def test_a_short_overload_tells_the_rate_of_a_long_one(outputs: Any) -> None:
+    """Batches take a stay or two to fill, and step times grow with them: neither that nor the drain may count.
+
+    Full, 200 steps of 512 sequences take 10 + 512 x 0.125 ms each, and the prompts of the 512 that take their places
+    1.28 s in all: 512 requests in 14.8 + 1.28 s. A short run is of four such stays.
+    """
+    times = LinearStepTimes(fixed_ns=10 * MS, per_sequence_ns=MS // 8, per_prefill_token_ns=MS // 400)
+    rates = []
+    for count in (2600, 26_000):
+        workload = {
+            "arrivals": {"rate": "44 /s"}, "input_tokens": 1000, "output_tokens": outputs, "num_requests": count,
+        }  # fmt: skip
+        spec = serve_spec(workload=workload, scheduler={"max_num_seqs": 512})
+        figures = simulate_serving(spec, Engine(times, 100_000)).metrics()
+        assert figures["unstable"] is True
+        rates.append(figures["sustainable_requests_per_s"])
+    assert rates[1] == pytest.approx(512 / (14.8 + 1.28), rel=0.02)
+    assert rates[0] == pytest.approx(rates[1], rel=0.04)
+
+
 def test_gap_percentiles_are_within_a_thousandth() -> None:
     random = np.random.default_rng(0)
     gaps = random.lognormal(16, 1, 20_000).astype(np.int64)
