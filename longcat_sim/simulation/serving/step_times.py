@@ -46,7 +46,8 @@ class StepTimes(Protocol):
         ...
 
     def is_outside(self, batch: int, total_context: int, prefill_tokens: int) -> bool:
-        """Whether the step lies outside what was evaluated, so that its time is extrapolated."""
+        """Whether the step lies outside what was evaluated, so that its time is extrapolated; then a step of more
+        context does too."""
         ...
 
 
