@@ -18,6 +18,7 @@ import numpy as np
 from longcat_sim.simulation.serving.batch import Batch
 from longcat_sim.simulation.serving.clock import Call
 from longcat_sim.simulation.serving.request import NEVER, Request
+from longcat_sim.simulation.serving.step_times import steps_outside
 
 if TYPE_CHECKING:
     from longcat_sim.simulation.serving.cluster import Cluster
@@ -339,26 +340,12 @@ class Replica(Batch):
             cluster.gaps.add_run([int(sum(times[at : at + window])) for at in range(0, steps, window)], batch)
             cluster.gaps.zero += batch * (steps - steps // window)
         if not self.is_detailed:
-            self.outside_steps += self._outside(steps)
+            self.outside_steps += steps_outside(self.times, batch, self._total_after, steps)
         if cluster.spans is not None:
             cluster.log_span(self, "decode", self.started, self.started + duration, batch, 0)
         self._grow(steps)
         if self.finishing[0][0] <= self.step:
             self._finish(self.started + duration)
-
-    def _outside(self, steps: int) -> int:
-        """Return how many of the next ``steps`` decode steps lie outside the grid: all from the first one on, for
-        contexts only grow."""
-        low, high = 0, steps
-        if not self.times.is_outside(self.batch, self._total_after(steps - 1), 0):
-            return 0
-        while low < high:
-            middle = (low + high) // 2
-            if self.times.is_outside(self.batch, self._total_after(middle), 0):
-                high = middle
-            else:
-                low = middle + 1
-        return steps - low
 
     def _finish(self, now: int) -> None:
         """Close the sequences whose last token has come."""
