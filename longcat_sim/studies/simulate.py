@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from longcat_sim.capacity.price import usd_per_million_tokens
 from longcat_sim.errors import SpecError
 from longcat_sim.ops.op import Op, OpTimesLike, Tag
 from longcat_sim.simulation import metrics
+from longcat_sim.simulation.serving.request import COMPLETED, FAILED, REJECTED
 from longcat_sim.simulation.serving.simulate import ServingResult
 from longcat_sim.simulation.step import (
     StepDraws,
@@ -106,9 +108,14 @@ LEANING = 0.05
 """Share of a step's op time that is extrapolated or from a data sheet above which the answer is flagged. Assumed."""
 
 
+def unmeasured_share(tags: Mapping[Tag, float]) -> float:
+    """Return the share of a step's op time that nobody measured."""
+    return sum(share for tag, share in tags.items() if tag in ("extrapolated", "datasheet"))
+
+
 def is_extrapolated(tags: Mapping[Tag, float]) -> bool:
     """Whether a step leans on times that nobody measured."""
-    return sum(share for tag, share in tags.items() if tag in ("extrapolated", "datasheet")) > LEANING
+    return unmeasured_share(tags) > LEANING
 
 
 def _price_notes(parts: Iterable[Scenario]) -> list[str]:
@@ -140,15 +147,24 @@ def _op_notes(op_times: OpTimesLike, scenario: Scenario, step: StepResult) -> li
 def simulate_traffic(
     scenario: Scenario, *, step_by_step: bool = False, keep_spans: bool = False, progress: Progress | None = None
 ) -> ServeOutcome:
-    """Return the scenario's traffic served once, and once more per draw of calibration and traffic for intervals."""
+    """Return the scenario's traffic served once, and once more per draw of calibration and traffic for intervals.
+
+    Times can be extrapolated in two ways. ``extrapolated_step_ratio`` is the share of the run's steps beyond the grid
+    of step times (batch, context or prefill tokens); ``unmeasured_op_time_ratio`` the share of a typical decode step's
+    op time (of the worst pool) beyond what was measured. ``extrapolated``: the first is above 0, or the second above
+    ``LEANING``.
+    """
     serve = scenario.serve
     assert serve is not None
     window = TRACE_WINDOW_S if keep_spans else None
     run, figures = serve_once(scenario, step_by_step=step_by_step, window=window)
     notes: list[str] = []
+    figures["unmeasured_op_time_ratio"] = 0.0
     for part in (pools_of(scenario, serve)).values():
         typical = _typical_step(part, run)
         figures["extrapolated"] = bool(figures["extrapolated"] or is_extrapolated(typical.tags))
+        share = max(figures["unmeasured_op_time_ratio"], unmeasured_share(typical.tags))
+        figures["unmeasured_op_time_ratio"] = share
         notes += _op_notes(op_times_of(part.hardware), part, typical)
     intervals = None
     if scenario.draws > 1:
@@ -162,11 +178,14 @@ def simulate_traffic(
     notes = list(dict.fromkeys(notes))
     notes += budget_notes(pools_of(scenario, serve), serve) + _price_notes(pools_of(scenario, serve).values())
     longest = scenario.model.max_position_embeddings
-    beyond = int((run.records.numpy("input") + run.records.numpy("output") > longest).sum())
+    columns = run.records
+    counted = columns.numpy("arrival") >= round(serve.workload.warm_up * 1e9)
+    served = counted & (columns.numpy("status") == COMPLETED)
+    beyond = int((columns.numpy("input") + columns.numpy("output") > longest)[served].sum())
     if beyond and serve.scheduler.max_model_len is None:
         notes.append(
-            f"{beyond} requests are longer than the {longest:,} tokens that the model was made for, and are served all "
-            f"the same: --set serve.scheduler.max_model_len={longest} rejects them"
+            f"{beyond} requests are longer than the {longest:,} tokens that the model was made for, and were served "
+            f"all the same: --set serve.scheduler.max_model_len={longest} rejects them"
         )
     start, end = figures["window_s"]
     stay = (figures["e2e_s"] or {}).get("p50", 0.0)
@@ -196,13 +215,19 @@ def simulate_traffic(
     ]
     if scenario.price.utilisation != 1.0:
         notes.append("price.utilisation has no effect on traffic: idle time is simulated and stands in the bill")
-    if figures["rejected"]:
-        notes.append(
-            f"{figures['rejected']} of {figures['requests']} requests were rejected: longer than the model's context "
-            "or the KV cache of a replica, or the queue was full (max_queue)"
-        )
+    for name, status in (("rejected", REJECTED), ("failed", FAILED)):
+        if figures[name]:
+            # a reason is "kind: figures of this request"
+            lost = np.flatnonzero(counted & (columns.numpy("status") == status))
+            kinds = Counter(columns.reasons[int(at)].partition(":")[0] for at in lost)
+            said = "; ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+            notes.append(f"{figures[name]} of {figures['requests']} requests {name}: {said}")
     if figures["extrapolated"]:
-        notes.append("some steps lean on times beyond what was measured (extrapolated, or from a data sheet)")
+        notes.append(
+            f"extrapolated: {100 * figures['extrapolated_step_ratio']:.3g}% of the steps are larger than any that was "
+            f"evaluated, and {100 * figures['unmeasured_op_time_ratio']:.3g}% of a typical decode step's op time is "
+            "beyond what was measured or from a data sheet"
+        )
     if scenario.draws < 2:
         notes.append("one run, no intervals: --set draws=8 gives them")
     if run.skipped_rows:
@@ -213,7 +238,7 @@ def simulate_traffic(
 def _typical_step(part: Scenario, run: ServingResult) -> StepResult:
     """Return one decode step of a pool at the run's mean context: what its figures lean on."""
     columns = run.records
-    done = columns.numpy("status") == 1
+    done = columns.numpy("status") == COMPLETED
     context = float((columns.numpy("input")[done] + columns.numpy("output")[done] / 2).mean()) if done.any() else 1024.0
     step = {"phase": "decode", "sequences_per_gpu": 4, "context_tokens": max(1.0, context)}
     case = part.what_if({"step": step, "deployment.overlap": "none"})

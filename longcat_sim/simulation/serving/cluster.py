@@ -160,10 +160,10 @@ class Cluster:
         self._dispatch(request)
 
     def _never_fits(self, request: Request) -> str:
-        """Return why a request can never be served, or nothing."""
+        """Return why a request can never be served (``kind: its figures``), or nothing."""
         total = request.input + request.output
         if total > self.max_model_len:
-            return f"input + output exceed max_model_len: {request.input} + {request.output} > {self.max_model_len}"
+            return f"longer than max_model_len: {request.input} + {request.output} tokens > {self.max_model_len}"
         for pool in self.pools.values():
             replica = pool.replicas[0]
             size = replica.block_tokens
@@ -172,14 +172,13 @@ class Cluster:
             need = -(-slots // size)
             if need > pool.kv_blocks - replica.watermark:
                 have = pool.kv_blocks - replica.watermark
-                return f"needs {need} KV blocks of {size} tokens; a {pool.name} replica has {have}"
+                said = f"needs {need} KV blocks of {size} tokens; it has {have}"
+                return f"longer than the KV cache of a {pool.name} replica: {said}"
             # what is preempted is computed again, with the tokens that it had generated
             longest = min(request.input if pool.is_prefill else total - 1, replica.chunk_limit)
             if not replica.is_chunked and longest > replica.budget:
                 again = "" if longest <= request.prompt else f" ({longest} if it is preempted)"
-                return (
-                    f"prompt of {request.prompt} tokens{again} exceeds max_num_batched_tokens without chunked prefill"
-                )
+                return f"prompt exceeds max_num_batched_tokens without chunked prefill: {request.prompt} tokens{again}"
         return ""
 
     def _dispatch(self, request: Request) -> None:
@@ -189,7 +188,8 @@ class Cluster:
             return
         replica = live[0] if len(live) == 1 else self._route(self.entry, request)
         if self.max_queue is not None and len(replica.waiting) >= self.max_queue:
-            self._close(request, REJECTED, f"the queue of replica {replica.index} is full ({self.max_queue})")
+            said = f"{self.max_queue} waited at replica {replica.index}"
+            self._close(request, REJECTED, f"the queue was full (max_queue): {said}")
             return
         self.columns.replica[request.id] = replica.index
         replica.enqueue(request, self.env._now)  # type: ignore[arg-type]
@@ -353,7 +353,7 @@ class Cluster:
         self.link_free.pop(replica, None)
         for request in lost:
             if fault.in_flight == "fail":
-                self._close(request, FAILED, f"{fault.pool} replica {fault.replica} was lost")
+                self._close(request, FAILED, f"on a replica that was lost: {fault.pool} {fault.replica}")
             else:
                 request.restart()
                 self._dispatch(request)
