@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float64]
 Summary = dict[str, float] | None
 PERCENTILES = (50, 90, 95, 99)
+FEWEST_STAYS = 100
+"""Requests that must come and go while all queues last for their stays to tell the speed of full batches. Assumed."""
 
 
 def summary(values: npt.NDArray[Any], scale: float = 1e-9) -> Summary:
@@ -82,7 +84,7 @@ def serving_metrics(result: ServingResult) -> dict[str, Any]:
     input_sum, cached_sum = int(inputs[done].sum(dtype=np.int64)), int(cached[done].sum(dtype=np.int64))
     output_sum = int(outputs[done].sum(dtype=np.int64))
     prefix = cached_sum / input_sum if input_sum else 0.0
-    classes, goodput = _goodput(result, done, seconds)
+    classes, goodput = _goodput(result, counted, seconds)
     session_s, tool_s = _sessions(result, done)
     steps = sum(pool.num_steps for pool in result.pools.values())
     outside = sum(pool.outside_steps for pool in result.pools.values())
@@ -123,9 +125,14 @@ def serving_metrics(result: ServingResult) -> dict[str, Any]:
     return figures
 
 
-def _goodput(result: ServingResult, done: npt.NDArray[np.bool_], seconds: float) -> tuple[dict[str, Any], float]:
-    """Return attainment per class, and completed requests within their level per second."""
+def _goodput(result: ServingResult, counted: npt.NDArray[np.bool_], seconds: float) -> tuple[dict[str, Any], float]:
+    """Return attainment per class, and completed requests within their level per second.
+
+    ``attained_ratio`` is of all counted requests of the class (``offered``): one that was rejected or failed was not
+    served within any level.
+    """
     columns = result.records
+    done = counted & (columns.numpy("status") == 1)
     arrival, first, last = (columns.numpy(name) for name in ("arrival", "first", "last"))
     outputs, of_class = columns.numpy("output"), columns.numpy("slo_class")
     classes = {}
@@ -139,11 +146,12 @@ def _goodput(result: ServingResult, done: npt.NDArray[np.bool_], seconds: float)
             good &= last - first <= level.tpot * 1e9 * np.maximum(outputs - 1, 0)
         if level.e2e is not None:
             good &= last - arrival <= level.e2e * 1e9
-        count, met = int(mine.sum()), int(good.sum())
+        offered, met = int((counted & (of_class == at)).sum()), int(good.sum())
         good_sum += met
         classes[level.name] = {
-            "completed": count,
-            "attained_ratio": met / count if count else None,
+            "offered": offered,
+            "completed": int(mine.sum()),
+            "attained_ratio": met / offered if offered else None,
             "goodput_requests_per_s": met / seconds,
         }
     return classes, good_sum / seconds
@@ -171,6 +179,9 @@ def stability(result: ServingResult) -> tuple[bool, float | None]:
 
     In the second half of the arrivals, the number waiting for admission must not grow by more than four standard
     deviations of a Poisson count and 5 % of the half's arrivals. Closed loops cannot overload.
+
+    The rate is what the fleet completes with a queue that is never empty, whatever the service level, of requests that
+    are not refused. It is rough where requests stay longer than the queue lasts.
     """
     columns = result.records
     arrivals = result.serve.workload.arrivals
@@ -190,14 +201,32 @@ def stability(result: ServingResult) -> tuple[bool, float | None]:
     growth = waiting(end) - waiting(middle)
     if growth <= max(0.05 * came, 4 * came**0.5):
         return False, None
-    # from then until the last one was admitted, the queue was never empty: what was served in that time is the
-    # capacity, of a request that was under way at either end the share of its stay
-    drained = int(started[-1]) if len(started) else end
-    done = (scheduled >= 0) & (columns.numpy("status") == 1)
-    begin, stop = scheduled[done], columns.numpy("last")[done]
-    shared = np.minimum(stop, drained) - np.maximum(begin, middle)
-    served = float((np.maximum(shared, 0) / np.maximum(stop - begin, 1)).sum())
-    return True, served / max((drained - middle) * 1e-9, 1e-9)
+    return True, _full_rate(result, middle, end)
+
+
+def _full_rate(result: ServingResult, begin: int, end: int) -> float:
+    """Return the requests per second that the replicas complete from ``begin`` on while all have a queue: until the
+    last arrival (``end``), or the first replica has admitted its last one.
+
+    By Little's law: those in service on average, over the stay of a mean request of the whole traffic at the speed of
+    that time. Completions would not do: long requests are the last to leave batches that have just filled up, and equal
+    ones leave in waves. Nor would stays that end later, when batches drain and steps get shorter.
+    """
+    columns = result.records
+    scheduled, first, last, replica = (columns.numpy(name) for name in ("scheduled", "first", "last", "replica"))
+    done = columns.numpy("status") == 1
+    gaps = np.maximum(columns.numpy("output") - 1, 0)
+    if not done.any():
+        return 0.0
+    queued = [int(scheduled[done & (replica == one)].max()) for one in np.unique(replica[done])]
+    end = max(end, min(queued))
+    for chosen in (done & (scheduled >= begin) & (last <= end), done & (last > begin) & (last <= end), done):
+        if chosen.sum() >= FEWEST_STAYS:
+            break
+    prefill_s = float((first - scheduled)[chosen].mean()) * 1e-9
+    per_token_s = float((last - first)[chosen].sum()) * 1e-9 / max(int(gaps[chosen].sum()), 1)
+    in_service = np.maximum(np.minimum(last, end) - np.maximum(scheduled, begin), 0)[done].sum() / max(end - begin, 1)
+    return float(in_service) / (prefill_s + float(gaps[done].mean()) * per_token_s)
 
 
 def intervals(

@@ -100,16 +100,33 @@ def _sentence(fault: Mapping[str, Any], kind: type[BaseModel]) -> str:
             remedy = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
             return f"expected a known key; got {fault['loc'][-1]!r}; {remedy}"
         case "missing":
-            return "expected this key; it is missing; add it"
+            example = _example(kind, fault["loc"])
+            such = f", such as {fault['loc'][-1]}: {example}" if example else ""
+            return f"expected this key; it is missing; add it{such}"
         case "value_error":
             return str(fault["msg"]).removeprefix("Value error, ")
         case _:
             shown = repr(got) if not isinstance(got, Mapping) else "a mapping"
-            return f"{fault['msg'].replace('Input should be', 'expected')}; got {shown}"
+            expected = fault["msg"].replace("Input should be", "expected").replace("a valid tuple", "a list")
+            example = _example(kind, fault["loc"])
+            return f"{expected}{f', such as {example}' if example else ''}; got {shown}"
+
+
+def _example(kind: type[BaseModel], path: tuple) -> str | None:
+    """Return what the field at ``path`` under ``kind`` gives as an example of itself, if anything."""
+    model = _model_at(kind, path[:-1])
+    field = model.model_fields.get(path[-1]) if _is_model(model) else None
+    return str(field.examples[0]) if field is not None and field.examples else None
 
 
 def _known_keys(kind: type[BaseModel], path: tuple) -> list[str]:
-    """Return the keys that the model at ``path`` under ``kind`` knows; of a union, the model with that tag."""
+    """Return the keys that the model at ``path`` under ``kind`` knows."""
+    model = _model_at(kind, path)
+    return list(model.model_fields) if _is_model(model) else []
+
+
+def _model_at(kind: type[BaseModel], path: tuple) -> Any:
+    """Return the model at ``path`` under ``kind``; of a union, the one with that tag."""
     current: Any = kind
     union: list[type[BaseModel]] = []
     for part in path:
@@ -119,7 +136,7 @@ def _known_keys(kind: type[BaseModel], path: tuple) -> list[str]:
             current = next(iter(union), current)
         else:
             current = next((model for model in union if part in _tags(model)), current)
-    return list(current.model_fields) if _is_model(current) else []
+    return current
 
 
 def _tags(model: type[BaseModel]) -> set[Any]:

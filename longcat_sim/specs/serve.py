@@ -227,17 +227,33 @@ class ServiceLevel(Part):
 
 
 class Fault(Part):
-    """Something that breaks at a time, and comes back after ``duration`` (never, if unset)."""
+    """Something that breaks at a time, and comes back after ``duration`` (never, if unset).
 
-    kind: Literal["replica_loss", "slow_rank", "link_degradation"]
-    at: Seconds
+    ``replica_loss`` and ``slow_rank`` strike one replica of a pool; ``link_degradation`` the whole KV link between
+    prefill and decode pools, for the transfers that begin while it lasts, and no step.
+    """
+
+    kind: Literal["replica_loss", "slow_rank", "link_degradation"] = Field(examples=["slow_rank"])
+    at: Seconds = Field(examples=["60 s"])
     duration: Seconds | None = None
     pool: Literal["shared", "prefill", "decode"] = "shared"
     replica: NonNegativeInt = 0
     slowdown: Annotated[float, Field(ge=1)] = 2.0
-    """Factor on step times (``slow_rank``) or on KV transfer times (``link_degradation``)."""
+    """Factor on step times (``slow_rank``) or on KV transfer times (``link_degradation``). Of several at once on one
+    replica or on the link the largest counts: all wait for the slowest part."""
     in_flight: Literal["retry", "fail"] = "retry"
     """What becomes of requests on a lost replica."""
+
+    @model_validator(mode="after")
+    def _in_place(self) -> Fault:
+        given = sorted(self.model_fields_set & {"pool", "replica"})
+        if self.kind == "link_degradation" and given:
+            raise ValueError(
+                "link_degradation strikes the whole KV link between the pools, such as {kind: link_degradation, "
+                f"at: 60 s, duration: 30 s, slowdown: 4}}; got {' and '.join(given)}; remove them, or use "
+                "slow_rank for one replica"
+            )
+        return self
 
 
 class Autoscaler(Part):
@@ -270,7 +286,9 @@ class Serve(Part):
     router: Literal["round_robin", "least_loaded", "prefix_aware"] = "least_loaded"
     scheduler: Scheduler = Scheduler()
     slo: tuple[ServiceLevel, ...] = (ServiceLevel(),)
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[Fault, ...] = Field(
+        default=(), examples=["[{kind: slow_rank, at: 60 s, duration: 30 s, replica: 0, slowdown: 2}]"]
+    )
     autoscaler: Autoscaler | None = None
     cold_start: bool = False
     """Replicas start by loading their weights, at time 0 too."""
@@ -294,11 +312,19 @@ class Serve(Part):
         if self.autoscaler is not None and self.is_disaggregated:
             raise ValueError("autoscaler works on shared replicas only; got prefill and decode pools; remove one")
         for number, fault in enumerate(self.faults):
+            if fault.kind == "link_degradation":
+                if not self.is_disaggregated:
+                    raise ValueError(
+                        f"faults[{number}].kind: expected prefill and decode pools for link_degradation, which slows "
+                        "the KV link between them; got shared replicas, which have none; use slow_rank for a slow "
+                        "replica, or change hardware.scale_up.bandwidth for a slow network inside one"
+                    )
+                continue
             pool = {"shared": None, "prefill": self.prefill, "decode": self.decode}[fault.pool]
-            if (fault.pool == "shared") == self.is_disaggregated and fault.kind != "link_degradation":
+            if (fault.pool == "shared") == self.is_disaggregated:
                 raise ValueError(f"faults[{number}].pool is {fault.pool!r}, which this scenario does not have")
             size = pool.replicas if pool else self.num_shared_replicas
-            if fault.kind != "link_degradation" and fault.replica >= size:
+            if fault.replica >= size:
                 raise ValueError(f"faults[{number}].replica: expected 0..{size - 1}; got {fault.replica}")
         return self
 

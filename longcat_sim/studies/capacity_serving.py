@@ -32,7 +32,7 @@ from longcat_sim.studies.fleet_figures import (
     simulate_fleet,
     ttft_and_tpot_limits,
 )
-from longcat_sim.studies.simulate import leans_on
+from longcat_sim.studies.simulate import LEANING, leans_on
 
 FRONT = {"usd_per_million_output_tokens_all_in": 1, "tpot_s": 1, "ttft_s": 1}
 MOST_ASSESSED = 8
@@ -115,9 +115,9 @@ def serving_capacity(
         notes.append("search.sequences_per_gpu has no effect under traffic, which makes its own batches")
     if served.workload.sessions is None and served.workload.trace is not None:
         notes.append("screening ignores prefix hits between requests of the trace; the simulation has them")
-    leaning, said = leans_on(best, Traffic.of(best).decode_context)
-    if leaning:
-        notes += [*said, "the winner leans on times that were not measured on its hardware: its place may change"]
+    share, said = leans_on(best, Traffic.of(best).decode_context)
+    if share > LEANING:
+        notes += [*said, f"{share:.0%} of the winner's op time was not measured on its hardware: its place may change"]
     if len(rows) >= MOST_SIMULATED:
         notes.append(f"{len(rows)} fleets were simulated, the most that are: a cheaper one may keep the level too")
     if scenario.draws == 1:

@@ -110,7 +110,7 @@ def _steady_run(
 def _attained(got: Mapping[str, Any]) -> float:
     """Return the share of the requests of the worst class that completed within their level."""
     attained = [level["attained_ratio"] for level in got["slo"].values() if level["attained_ratio"] is not None]
-    return min(attained, default=0.0) * got["completed"] / max(1, got["requests"])
+    return min(attained, default=0.0)
 
 
 def simulate_fleet(

@@ -131,16 +131,24 @@ class ServeOutcome:
             for pool, part in zip(self.run.pools.values(), self._parts(), strict=True)
         )
         rows.append(("fleet (replicas x GPUs)", fleet, ""))
-        rows.append(("requests completed", f"{got['completed']} of {got['requests']}", ""))
+        left_out = len(self.run.records) - got["requests"]
+        unit = f"{left_out} of the warm-up left out" if left_out else ""
+        rows.append(("requests completed", f"{got['completed']} of {got['requests']}", unit))
+        gone = [name for name in ("rejected", "failed", "retried") if got[name]]
+        if gone:
+            rows.append((f"requests {' / '.join(gone)}", " / ".join(str(got[name]) for name in gone), ""))
         for key, name, unit, factor in (
             ("ttft_s", "TTFT", "s", 1.0), ("tpot_s", "TPOT", "ms", 1e3), ("e2e_s", "end to end", "s", 1.0),
         ):  # fmt: skip
             if got[key] is not None:
-                shown = " / ".join(f"{got[key][at] * factor:.4g}" for at in ("mean", "p50", "p90", "p99"))
-                spread = ((self.intervals or {}).get(key) or {}).get("mean")
-                if spread:
-                    shown += f" (mean [{spread['p5'] * factor:.4g}, {spread['p95'] * factor:.4g}])"
-                rows.append((f"{name} mean / p50 / p90 / p99", shown, unit))
+                spread = (self.intervals or {}).get(key) or {}
+                each = []
+                for at in ("mean", "p50", "p90", "p99"):
+                    one = [got[key][at], *([spread[at]["p5"], spread[at]["p95"]] if at in spread else [])]
+                    # three digits keep four figures with their intervals on one line
+                    texts = [f"{value * factor:.{3 if at in spread else 4}g}" for value in one]
+                    each.append(texts[0] + (f" [{texts[1]}, {texts[2]}]" if at in spread else ""))
+                rows.append((f"{name} mean / p50 / p90 / p99", " / ".join(each), unit))
         for key, name, unit in (
             ("input_tokens_per_s", "input rate", "tokens/s"),
             ("output_tokens_per_s", "output rate", "tokens/s"),
@@ -160,7 +168,7 @@ class ServeOutcome:
                 rows.append((name, shown, unit))
         for name, level in got["slo"].items():
             if level["attained_ratio"] is not None:
-                rows.append((f"within the SLO {name}", f"{level['attained_ratio']:.1%}", "of requests"))
+                rows.append((f"within the SLO {name}", f"{level['attained_ratio']:.1%}", "of requests offered"))
         bill = got.get("bill_usd")
         if bill and bill["total"]:
             rows.append(("idle share of the bill", f"{bill['idle'] / bill['total']:.1%}", ""))
@@ -180,7 +188,10 @@ class ServeOutcome:
         lines = [f"{self.scenario.name}: {self._window():.0f} s of traffic", "", table(self.rows())]
         if self.figures["unstable"]:
             rate = self.figures["sustainable_requests_per_s"]
-            lines.append(f"UNSTABLE: the queue grows without bound; about {rate:.3g} requests/s can be kept up")
+            lines.append(
+                f"UNSTABLE: the queue grows without bound; about {rate:.3g} requests/s can be kept up with "
+                "a queue that is never empty, which says nothing of the SLO: capacity finds the rate within it"
+            )
         lines += [f"note: {note}" for note in self.notes]
         lines.append(f"simulated in {self.figures['wall_s']:.2f} s")
         return "\n".join(lines)

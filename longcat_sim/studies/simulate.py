@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from longcat_sim.capacity.price import usd_per_million_tokens
 from longcat_sim.errors import SpecError
 from longcat_sim.ops.op import Op, OpTimesLike, Tag
 from longcat_sim.simulation import metrics
+from longcat_sim.simulation.serving.request import COMPLETED, FAILED, REJECTED
 from longcat_sim.simulation.serving.simulate import ServingResult
 from longcat_sim.simulation.step import (
     StepDraws,
@@ -106,9 +108,14 @@ LEANING = 0.05
 """Share of a step's op time that is extrapolated or from a data sheet above which the answer is flagged. Assumed."""
 
 
+def unmeasured_share(tags: Mapping[Tag, float]) -> float:
+    """Return the share of a step's op time that nobody measured."""
+    return sum(share for tag, share in tags.items() if tag in ("extrapolated", "datasheet"))
+
+
 def is_extrapolated(tags: Mapping[Tag, float]) -> bool:
     """Whether a step leans on times that nobody measured."""
-    return sum(share for tag, share in tags.items() if tag in ("extrapolated", "datasheet")) > LEANING
+    return unmeasured_share(tags) > LEANING
 
 
 def _price_notes(parts: Iterable[Scenario]) -> list[str]:
@@ -140,13 +147,20 @@ def _op_notes(op_times: OpTimesLike, scenario: Scenario, step: StepResult) -> li
 def simulate_traffic(
     scenario: Scenario, *, step_by_step: bool = False, keep_spans: bool = False, progress: Progress | None = None
 ) -> ServeOutcome:
-    """Return the scenario's traffic served once, and once more per draw of calibration and traffic for intervals."""
+    """Return the scenario's traffic served once, and once more per draw of calibration and traffic for intervals.
+
+    Times can be extrapolated in two ways. ``extrapolated_step_ratio`` is the share of the run's steps beyond the grid
+    of step times (batch, context or prefill tokens); ``unmeasured_op_time_ratio`` the share of a typical decode step's
+    op time (of the worst pool) beyond what was measured. ``extrapolated``: the first is above 0, or the second above
+    ``LEANING``.
+    """
     serve = scenario.serve
     assert serve is not None
     window = TRACE_WINDOW_S if keep_spans else None
     run, figures = serve_once(scenario, step_by_step=step_by_step, window=window)
-    leaning, notes = leans_on(scenario, _mean_context(run))
-    figures["extrapolated"] = bool(figures["extrapolated"] or leaning)
+    share, notes = leans_on(scenario, _mean_context(run))
+    figures["unmeasured_op_time_ratio"] = share
+    figures["extrapolated"] = bool(figures["extrapolated"] or share > LEANING)
     intervals = None
     if scenario.draws > 1:
         drawn = []
@@ -158,17 +172,21 @@ def simulate_traffic(
         figures["wall_s"] += sum(each["wall_s"] for each in drawn)
     notes += budget_notes(pools_of(scenario, serve), serve) + _price_notes(pools_of(scenario, serve).values())
     longest = scenario.model.max_position_embeddings
-    beyond = int((run.records.numpy("input") + run.records.numpy("output") > longest).sum())
+    columns = run.records
+    counted = columns.numpy("arrival") >= round(serve.workload.warm_up * 1e9)
+    served = counted & (columns.numpy("status") == COMPLETED)
+    beyond = int((columns.numpy("input") + columns.numpy("output") > longest)[served].sum())
     if beyond and serve.scheduler.max_model_len is None:
         notes.append(
-            f"{beyond} requests are longer than the {longest:,} tokens that the model was made for, and are served all "
-            f"the same: --set serve.scheduler.max_model_len={longest} rejects them"
+            f"{beyond} requests are longer than the {longest:,} tokens that the model was made for, and were served "
+            f"all the same: --set serve.scheduler.max_model_len={longest} rejects them"
         )
     start, end = figures["window_s"]
     stay = (figures["e2e_s"] or {}).get("p50", 0.0)
     filling = max(0.0, FILL * stay - start) > FILLING * (end - start)
     if (
-        serve.workload.arrivals is not None
+        not figures["unstable"]  # a queue that grows has no steady state, however long the run
+        and serve.workload.arrivals is not None
         and serve.workload.arrivals.rate
         and (filling or end - start < WINDOW * stay)
     ):
@@ -183,15 +201,27 @@ def simulate_traffic(
             f"serve.replicas = {serve.replicas} has no effect beside pools, which have their own: set "
             "serve.prefill.replicas and serve.decode.replicas"
         )
+    notes += [
+        f"serve.faults[{number}]: at = {fault.at:g} s lies beyond the end of the run ({run.duration_s:.4g} s), so that "
+        "it has no effect; let it begin earlier, or make the run longer"
+        for number, fault in enumerate(serve.faults)
+        if fault.at >= run.duration_s
+    ]
     if scenario.price.utilisation != 1.0:
         notes.append("price.utilisation has no effect on traffic: idle time is simulated and stands in the bill")
-    if figures["rejected"]:
-        notes.append(
-            f"{figures['rejected']} of {figures['requests']} requests were rejected: longer than the model's context "
-            "or the KV cache of a replica, or the queue was full (max_queue)"
-        )
+    for name, status in (("rejected", REJECTED), ("failed", FAILED)):
+        if figures[name]:
+            # a reason is "kind: figures of this request"
+            lost = np.flatnonzero(counted & (columns.numpy("status") == status))
+            kinds = Counter(columns.reasons[int(at)].partition(":")[0] for at in lost)
+            said = "; ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+            notes.append(f"{figures[name]} of {figures['requests']} requests {name}: {said}")
     if figures["extrapolated"]:
-        notes.append("some steps lean on times beyond what was measured (extrapolated, or from a data sheet)")
+        notes.append(
+            f"extrapolated: {100 * figures['extrapolated_step_ratio']:.3g}% of the steps are larger than any that was "
+            f"evaluated, and {100 * figures['unmeasured_op_time_ratio']:.3g}% of a typical decode step's op time is "
+            "beyond what was measured or from a data sheet"
+        )
     if scenario.draws < 2:
         notes.append("one run, no intervals: --set draws=8 gives them")
     if run.skipped_rows:
@@ -202,19 +232,19 @@ def simulate_traffic(
 def _mean_context(run: ServingResult) -> float:
     """Return the mean context of a run's requests in the middle of their answers."""
     columns = run.records
-    done = columns.numpy("status") == 1
+    done = columns.numpy("status") == COMPLETED
     return float((columns.numpy("input")[done] + columns.numpy("output")[done] / 2).mean()) if done.any() else 1024.0
 
 
-def leans_on(scenario: Scenario, context: float) -> tuple[bool, list[str]]:
-    """Return whether a decode step of some pool at this context leans on times that nobody measured, and what a reader
-    must know of its op times."""
+def leans_on(scenario: Scenario, context: float) -> tuple[float, list[str]]:
+    """Return the share of op time that nobody measured, of a decode step of a pool at this context (the largest over
+    pools), and what a reader must know of its op times."""
     assert scenario.serve is not None
-    leaning, notes = False, []
+    leaning, notes = 0.0, []
     step = {"phase": "decode", "sequences_per_gpu": 4, "context_tokens": max(1.0, context)}
     for part in pools_of(scenario, scenario.serve).values():
         op_times = op_times_of(part.hardware)
         typical = simulate_step(part.what_if({"step": step, "deployment.overlap": "none"}), op_times, check=False)
-        leaning |= is_extrapolated(typical.tags)
+        leaning = max(leaning, unmeasured_share(typical.tags))
         notes += _op_notes(op_times, part, typical)
     return leaning, list(dict.fromkeys(notes))

@@ -23,7 +23,11 @@ def step_seconds(batch: Any, context: Any, tokens: Any, keys: Any) -> Any:
     return 1.0007e-3 + batch * 13.1e-6 + batch * context * 7.77e-8 + tokens * 11.3e-6 + tokens * keys * 3.1e-9
 
 
-GRID = StepTimeGrid.from_function(step_seconds, max_batch=64, max_context=4096, max_prefill_tokens=512)
+GRIDS = [
+    StepTimeGrid.from_function(step_seconds, max_batch=64, max_context=longest, max_prefill_tokens=tokens)
+    for longest, tokens in ((4096, 512), (130, 150))
+]
+"""One that holds every step, and one that runs leave on their way."""
 
 
 @st.composite
@@ -76,21 +80,23 @@ def scenarios(draw: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     for _ in range(draw(st.integers(0, 2))):
         pool = pick(*pools)
         size = serve[pool]["replicas"] if disaggregated else replicas
+        kind = pick("replica_loss", "slow_rank", *(["link_degradation"] if disaggregated else []))
+        place = {} if kind == "link_degradation" else {"pool": pool, "replica": draw(st.integers(0, size - 1))}
         faults.append(
             {
-                "kind": pick("replica_loss", "slow_rank", *(["link_degradation"] if disaggregated else [])),
-                "at": f"{draw(st.integers(1, 900))} ms", "duration": f"{draw(st.integers(1, 300))} ms", "pool": pool,
-                "replica": draw(st.integers(0, size - 1)), "in_flight": pick("retry", "fail"),
+                "kind": kind, "at": f"{draw(st.integers(1, 900))} ms", "duration": f"{draw(st.integers(1, 300))} ms",
+                "in_flight": pick("retry", "fail"), **place,
             }
         )  # fmt: skip
     serve["faults"] = faults
     if not disaggregated and draw(st.integers(0, 4)) == 0:
         serve["autoscaler"] = {"max_replicas": replicas + 1, "interval": "100 ms"}
-    return serve, {"acceptance": acceptance, "seed": draw(st.integers(0, 5)), "disaggregated": disaggregated}
+    seed, grid = draw(st.integers(0, 5)), draw(st.integers(0, 1))
+    return serve, {"acceptance": acceptance, "seed": seed, "disaggregated": disaggregated, "grid": grid}
 
 
 def serve_once(spec: dict[str, Any], extra: dict[str, Any], **settings_: Any) -> ServingResult:
-    engine = Engine(GRID, 100, 1, weight_load_s=0.05, kv_bytes_per_token=1000.0, num_layers=8)
+    engine = Engine(GRIDS[extra.get("grid", 0)], 100, 1, weight_load_s=0.05, kv_bytes_per_token=1000.0, num_layers=8)
     engines: Any = {"prefill": engine, "decode": engine} if extra["disaggregated"] else engine
     return simulate_serving(
         Serve.model_validate(spec), engines, kv_link=KvLink(2e7, 1e-4), acceptance=extra["acceptance"],
@@ -139,6 +145,28 @@ def test_lost_replica_that_was_blocked_serves_again_after_its_return() -> None:
         checks = compare((spec, {"acceptance": (0.7, 0.5), "seed": 3, "disaggregated": False})).checks
         assert checks["requests"] > 0
         assert checks["completed"] == checks["requests"] - checks["rejected"] - checks["failed"]
+
+
+@pytest.mark.parametrize("acceptance", [(), (0.8,)])
+def test_a_run_that_leaves_the_grid_on_its_way_counts_the_steps_outside(acceptance: tuple[float, ...]) -> None:
+    workload = {
+        "arrivals": {"rate": "20 /s"}, "input_tokens": 100, "num_requests": 30,
+        "output_tokens": {"distribution": "exponential", "mean": 60, "max": 200},
+    }  # fmt: skip
+    spec = {"workload": workload, "scheduler": {"max_num_seqs": 8, "max_num_batched_tokens": 192}}
+    found = compare((spec, {"acceptance": acceptance, "seed": 1, "disaggregated": False, "grid": 1})).metrics()
+    assert 0.1 < found["extrapolated_step_ratio"] < 0.9
+
+
+def test_the_last_step_within_the_grid_is_not_outside() -> None:
+    """Contexts of 121 to 130 in ten decode steps; the eleventh attends to 131 tokens."""
+    for output, outside in ((11, 0), (12, 1)):
+        workload = {
+            "arrivals": {"rate": "1 /s"}, "input_tokens": 120, "output_tokens": output, "num_requests": 1,
+        }  # fmt: skip
+        spec = {"workload": workload, "scheduler": {"max_num_seqs": 8, "max_num_batched_tokens": 192}}
+        found = compare((spec, {"acceptance": (), "seed": 0, "disaggregated": False, "grid": 1}))
+        assert found.pools["shared"].outside_steps == outside
 
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large]

@@ -240,6 +240,37 @@ def test_slow_rank_stretches_the_steps_that_start_in_its_window() -> None:
     assert play([(0.0, 1, 4)], faults=[fault]).records[0].last_token_s == pytest.approx(0.061)
 
 
+def test_of_overlapping_slow_ranks_the_worst_counts() -> None:
+    faults = [
+        {"kind": "slow_rank", "at": "21 ms", "duration": "25 ms", "slowdown": 3.0},
+        {"kind": "slow_rank", "at": "22 ms", "duration": "1 s", "slowdown": 2.0},
+    ]
+    # tokens at 11 and 21 ms, then steps of 30 (to 51, when the first is over), 20 and 20 ms
+    assert play([(0.0, 1, 5)], faults=faults).records[0].last_token_s == pytest.approx(0.091)
+
+
+@pytest.mark.parametrize(("slowdowns", "transfer_s"), [((), 0.040), ((4.0,), 0.160), ((2.0, 4.0, 4.0), 0.160)])
+def test_a_degraded_link_stretches_transfers_and_the_worst_counts(slowdowns: tuple, transfer_s: float) -> None:
+    faults = [{"kind": "link_degradation", "at": "0 s", "duration": "1 s", "slowdown": s} for s in slowdowns]
+    spec = serve_spec(prefill={"replicas": 1}, decode={"replicas": 1}, faults=faults)
+    engine = Engine(PLAIN, 1000, 1, kv_bytes_per_token=1e6)
+    link = KvLink(1e9, 0.0, layer_wise=False)
+    rows = requests((0.0, 40, 3), (1.5, 40, 3))  # the second when the link is whole again
+    found = simulate_serving(spec, {"prefill": engine, "decode": engine}, kv_link=link, requests=rows).records
+    # 50 ms of prefill, the transfer, two steps of 10 ms that no link slows
+    assert found[0].last_token_s == pytest.approx(0.050 + transfer_s + 0.020)
+    assert found[1].last_token_s == pytest.approx(1.5 + 0.050 + 0.040 + 0.020)
+
+
+def test_a_link_fault_has_no_replica_and_needs_a_link() -> None:
+    pools = {"prefill": {"replicas": 1}, "decode": {"replicas": 1}}
+    for place in ({"replica": 0}, {"pool": "decode"}):
+        with pytest.raises(ValueError, match=rf"whole KV link.*got {next(iter(place))}; remove .*slow_rank"):
+            serve_spec(**pools, faults=[{"kind": "link_degradation", "at": "1 s", **place}])
+    with pytest.raises(ValueError, match=r"faults\[0\].kind.*got shared replicas.*slow_rank.*scale_up.bandwidth"):
+        serve_spec(faults=[{"kind": "link_degradation", "at": "1 s"}])
+
+
 def test_cold_start_and_autoscaler() -> None:
     spec = serve_spec(cold_start=True)
     cold = simulate_serving(spec, Engine(PLAIN, 100, weight_load_s=2.0), requests=requests((0.0, 1, 1)))
@@ -317,6 +348,27 @@ def test_metrics_have_the_promised_keys_and_hand_worked_values() -> None:
     json.dumps(figures)
 
 
+def test_what_was_not_served_is_not_within_its_level() -> None:
+    """Of four requests one is too long, of another the replica is lost: half of them, not all, are within the level."""
+    rows = requests((0.0, 1, 2), (0.1, 90, 20), (0.2, 1, 2), (0.3, 1, 20))
+    rows[1].slo_class = 1
+    spec = serve_spec(
+        scheduler={"max_model_len": 100}, slo=[{"name": "a", "ttft": "1 s"}, {"name": "b"}, {"name": "unused"}],
+        faults=[{"kind": "replica_loss", "at": "350 ms", "duration": "1 s", "in_flight": "fail"}],
+    )  # fmt: skip
+    figures = simulate_serving(spec, Engine(PLAIN, 1000), requests=rows).metrics()
+    assert (figures["completed"], figures["rejected"], figures["failed"]) == (2, 1, 1)
+    classes = figures["slo"]
+    assert (classes["a"]["offered"], classes["a"]["completed"]) == (3, 2)
+    assert classes["a"]["attained_ratio"] == pytest.approx(2 / 3)
+    assert classes["b"]["attained_ratio"] == 0.0
+    assert classes["unused"]["attained_ratio"] is None
+    half = {"slo": {"a": {"attained_ratio": 0.5}}}
+    assert metrics.intervals(figures, [half, half])["slo"]["a"]["attained_ratio"] == pytest.approx(
+        {"p5": 0.5, "p95": 2 / 3}
+    )
+
+
 def test_overload_ends_and_says_so_with_the_rate_that_could_be_kept_up() -> None:
     one = LinearStepTimes(fixed_ns=10 * MS)
     workload = {"arrivals": {"rate": "300 /s"}, "input_tokens": 1, "output_tokens": 4, "num_requests": 1500}
@@ -326,6 +378,27 @@ def test_overload_ends_and_says_so_with_the_rate_that_could_be_kept_up() -> None
     assert figures["sustainable_requests_per_s"] == pytest.approx(100, rel=0.05)  # 4 slots of 40 ms
     calm = serve_spec(workload={**workload, "arrivals": {"rate": "60 /s"}}, scheduler={"max_num_seqs": 4})
     assert simulate_serving(calm, Engine(one, 10_000)).metrics()["unstable"] is False
+
+
+@pytest.mark.parametrize("outputs", [{"distribution": "exponential", "mean": 200}, 200])
+def test_a_short_overload_tells_the_rate_of_a_long_one(outputs: Any) -> None:
+    """Batches take a stay or two to fill, and step times grow with them: neither that nor the drain may count.
+
+    Full, 200 steps of 512 sequences take 10 + 512 x 0.125 ms each, and the prompts of the 512 that take their places
+    1.28 s in all: 512 requests in 14.8 + 1.28 s. A short run is of four such stays.
+    """
+    times = LinearStepTimes(fixed_ns=10 * MS, per_sequence_ns=MS // 8, per_prefill_token_ns=MS // 400)
+    rates = []
+    for count in (2600, 26_000):
+        workload = {
+            "arrivals": {"rate": "44 /s"}, "input_tokens": 1000, "output_tokens": outputs, "num_requests": count,
+        }  # fmt: skip
+        spec = serve_spec(workload=workload, scheduler={"max_num_seqs": 512})
+        figures = simulate_serving(spec, Engine(times, 100_000)).metrics()
+        assert figures["unstable"] is True
+        rates.append(figures["sustainable_requests_per_s"])
+    assert rates[1] == pytest.approx(512 / (14.8 + 1.28), rel=0.02)
+    assert rates[0] == pytest.approx(rates[1], rel=0.04)
 
 
 def test_gap_percentiles_are_within_a_thousandth() -> None:

@@ -385,11 +385,13 @@ class Batch:
 
     def _grow(self, steps: int) -> None:
         """Move the sums on by ``steps`` decode steps."""
-        if self.drafts is None:
-            self.total_context += self.batch * steps
-        else:
-            self.total_context += self.drafts.grown(self.step, steps)
+        self.total_context = self._total_after(steps)
         self.step += steps
+
+    def _total_after(self, steps: int) -> int:
+        """Return the summed contexts after ``steps`` more decode steps of this batch."""
+        grown = self.batch * steps if self.drafts is None else self.drafts.grown(self.step, steps)
+        return self.total_context + grown
 
     def check(self) -> None:
         """Assert what must hold at a boundary: every sum equals what the sequences say."""

@@ -49,7 +49,8 @@ class Cluster:
         self.in_flight = 0
         self.expected = 1
         """Requests in flight or yet to arrive, and 1 while the stream may hold more."""
-        self.link_slowdown = 1.0
+        self.slowdowns: dict[Replica | None, list[float]] = {}
+        """Factors in force, by replica; None: the KV link."""
         self.transfers = 0
         self.router = serve.router
         self.max_queue = serve.max_queue
@@ -159,10 +160,10 @@ class Cluster:
         self._dispatch(request)
 
     def _never_fits(self, request: Request) -> str:
-        """Return why a request can never be served, or nothing."""
+        """Return why a request can never be served (``kind: its figures``), or nothing."""
         total = request.input + request.output
         if total > self.max_model_len:
-            return f"input + output exceed max_model_len: {request.input} + {request.output} > {self.max_model_len}"
+            return f"longer than max_model_len: {request.input} + {request.output} tokens > {self.max_model_len}"
         for pool in self.pools.values():
             replica = pool.replicas[0]
             size = replica.block_tokens
@@ -171,14 +172,13 @@ class Cluster:
             need = -(-slots // size)
             if need > pool.kv_blocks - replica.watermark:
                 have = pool.kv_blocks - replica.watermark
-                return f"needs {need} KV blocks of {size} tokens; a {pool.name} replica has {have}"
+                said = f"needs {need} KV blocks of {size} tokens; it has {have}"
+                return f"longer than the KV cache of a {pool.name} replica: {said}"
             # what is preempted is computed again, with the tokens that it had generated
             longest = min(request.input if pool.is_prefill else total - 1, replica.chunk_limit)
             if not replica.is_chunked and longest > replica.budget:
                 again = "" if longest <= request.prompt else f" ({longest} if it is preempted)"
-                return (
-                    f"prompt of {request.prompt} tokens{again} exceeds max_num_batched_tokens without chunked prefill"
-                )
+                return f"prompt exceeds max_num_batched_tokens without chunked prefill: {request.prompt} tokens{again}"
         return ""
 
     def _dispatch(self, request: Request) -> None:
@@ -188,7 +188,8 @@ class Cluster:
             return
         replica = live[0] if len(live) == 1 else self._route(self.entry, request)
         if self.max_queue is not None and len(replica.waiting) >= self.max_queue:
-            self._close(request, REJECTED, f"the queue of replica {replica.index} is full ({self.max_queue})")
+            said = f"{self.max_queue} waited at replica {replica.index}"
+            self._close(request, REJECTED, f"the queue was full (max_queue): {said}")
             return
         self.columns.replica[request.id] = replica.index
         replica.enqueue(request, self.env._now)  # type: ignore[arg-type]
@@ -237,7 +238,7 @@ class Cluster:
         """
         assert self.link is not None
         size = request.prompt * replica.pool.engine.kv_bytes_per_token
-        factor = self.link_slowdown / self.link.bytes_per_s * 1e9
+        factor = max(self.slowdowns.get(None, ()), default=1.0) / self.link.bytes_per_s * 1e9
         own = round(size * factor * self.link.ranks)  # over the part of the rank that holds it
         begin = replica.started if self.link.layer_wise else now
         free = self.link_free[replica] = max(self.link_free.get(replica, 0), begin) + round(size * factor)
@@ -339,15 +340,11 @@ class Cluster:
         now: int = self.env._now  # type: ignore[assignment]
         end = None if fault.duration is None else now + round(fault.duration * NS)
         if fault.kind == "link_degradation":
-            self.link_slowdown *= fault.slowdown
-            if end is not None:
-                self.at(end, FAULT, lambda _: setattr(self, "link_slowdown", self.link_slowdown / fault.slowdown))
+            self._slow(None, fault.slowdown, end)
             return
         replica = self.pools[fault.pool].replicas[fault.replica]
         if fault.kind == "slow_rank":
-            self._slow(replica, replica.slowdown * fault.slowdown)
-            if end is not None:
-                self.at(end, FAULT, lambda _: self._slow(replica, replica.slowdown / fault.slowdown))
+            self._slow(replica, fault.slowdown, end)
             return
         if not replica.is_up:
             return
@@ -356,19 +353,31 @@ class Cluster:
         self.link_free.pop(replica, None)
         for request in lost:
             if fault.in_flight == "fail":
-                self._close(request, FAILED, f"{fault.pool} replica {fault.replica} was lost")
+                self._close(request, FAILED, f"on a replica that was lost: {fault.pool} {fault.replica}")
             else:
                 request.restart()
                 self._dispatch(request)
         if end is not None:
             self.at(end, FAULT, lambda _: None if replica.is_up else self._start(replica, True))
 
-    def _slow(self, replica: Replica, slowdown: float) -> None:
-        """Change the speed of the steps that start from now on."""
-        replica.slowdown = slowdown
-        now: int = self.env._now  # type: ignore[assignment]
-        if replica.phase == DECODE:
-            replica.poke(now)
+    def _slow(self, which: Replica | None, slowdown: float, end: int | None) -> None:
+        """Slow the steps of a replica, or the transfers of the KV link, that start from now on until ``end``."""
+        factors = self.slowdowns.setdefault(which, [])
+
+        def changed() -> None:
+            if which is not None:
+                which.slowdown = max(factors, default=1.0)
+                if which.phase == DECODE:
+                    which.poke(self.env._now)  # type: ignore[arg-type]
+
+        def over(_: Any) -> None:
+            factors.remove(slowdown)
+            changed()
+
+        factors.append(slowdown)
+        changed()
+        if end is not None:
+            self.at(end, FAULT, over)
 
     def _schedule_scaling(self, scaler: Autoscaler) -> None:
         def tick(_: Any) -> None:

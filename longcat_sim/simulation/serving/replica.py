@@ -18,6 +18,7 @@ import numpy as np
 from longcat_sim.simulation.serving.batch import Batch
 from longcat_sim.simulation.serving.clock import Call
 from longcat_sim.simulation.serving.request import NEVER, Request
+from longcat_sim.simulation.serving.step_times import steps_outside
 
 if TYPE_CHECKING:
     from longcat_sim.simulation.serving.cluster import Cluster
@@ -338,8 +339,8 @@ class Replica(Batch):
         else:  # the host hears of the tokens of one decision together
             cluster.gaps.add_run([int(sum(times[at : at + window])) for at in range(0, steps, window)], batch)
             cluster.gaps.zero += batch * (steps - steps // window)
-        if not self.is_detailed and self.times.is_outside(batch, self.total_context + batch * steps, 0):
-            self.outside_steps += steps
+        if not self.is_detailed:
+            self.outside_steps += steps_outside(self.times, batch, self._total_after, steps)
         if cluster.spans is not None:
             cluster.log_span(self, "decode", self.started, self.started + duration, batch, 0)
         self._grow(steps)

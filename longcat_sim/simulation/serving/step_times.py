@@ -11,7 +11,7 @@ even, so that Python scalars and numpy arrays give the same nanoseconds.
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
@@ -46,7 +46,8 @@ class StepTimes(Protocol):
         ...
 
     def is_outside(self, batch: int, total_context: int, prefill_tokens: int) -> bool:
-        """Whether the step lies outside what was evaluated, so that its time is extrapolated."""
+        """Whether the step lies outside what was evaluated, so that its time is extrapolated; then a step of more
+        context does too."""
         ...
 
 
@@ -58,6 +59,16 @@ class DetailedStepTimes(Protocol):
     def step_ns(self, contexts: Sequence[int], chunks: Sequence[tuple[int, int]]) -> int:
         """Return the time of a step that decodes ``contexts`` and prefills ``chunks`` of (tokens, tokens before)."""
         ...
+
+
+def steps_outside(times: StepTimes, batch: int, total_after: Callable[[int], int], steps: int) -> int:
+    """Return how many of the next ``steps`` decode steps lie outside the grid: from the first one that does on, all.
+
+    ``total_after(n)`` is the total context after n steps.
+    """
+    if not times.is_outside(batch, total_after(steps - 1), 0):
+        return 0
+    return steps - bisect_left(range(steps), True, key=lambda n: times.is_outside(batch, total_after(n), 0))
 
 
 StepFunction = Callable[[FloatArray, FloatArray, FloatArray, FloatArray], FloatArray]

@@ -1,0 +1,105 @@
+"""What a serving run tells a person: lines of the table, shares within the level, notes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from longcat_sim.errors import SpecError
+from longcat_sim.specs.scenario import Scenario, scenario
+from longcat_sim.studies.simulate import LEANING, simulate
+
+
+def traffic(count: int = 200, rate: str = "10 /s", **changes: Any) -> Scenario:
+    workload = {"arrivals": {"rate": rate}, "input_tokens": 1000, "output_tokens": 20, "num_requests": count}
+    settings = {name.replace("__", "."): value for name, value in changes.items()}
+    return scenario("qwen3-32b-h200-serve").what_if({"draws": 1, "serve.workload": workload, **settings})
+
+
+def test_what_is_wrong_with_a_fault_is_said_with_an_example() -> None:
+    for faults, words in (
+        ("x", [r"serve.faults: expected a list, such as [{kind: slow_rank, at: 60 s, ", "; got 'x'"]),
+        ([{"at": "1 s", "down": "2 s"}], ["add it, such as kind: slow_rank", "got 'down'"]),
+        ([{"kind": "slow_rank"}], ["add it, such as at: 60 s"]),
+    ):
+        with pytest.raises(SpecError) as error:
+            traffic(serve__faults=faults)
+        for each in words:
+            assert each in str(error.value)
+
+
+def test_a_fault_after_the_end_leaves_a_note() -> None:
+    late = [{"kind": "slow_rank", "at": "1 s"}, {"kind": "slow_rank", "at": "1 h"}]
+    notes = [note for note in simulate(traffic(serve__faults=late)).notes if "serve.faults" in note]
+    assert len(notes) == 1
+    assert "serve.faults[1]: at = 3600 s lies beyond the end of the run" in notes[0]
+
+
+def test_the_table_counts_what_was_retried_and_failed() -> None:
+    rows = {name: value for name, value, _ in simulate(traffic()).rows()}
+    assert not any("retried" in name or "failed" in name for name in rows)
+    lost = [{"kind": "replica_loss", "at": "5 s", "duration": "1 s", "replica": r} for r in range(8)]
+    for kept, name in (("retry", "requests retried"), ("fail", "requests failed")):
+        faults = [{**fault, "in_flight": kept} for fault in lost]
+        rows = {name: value for name, value, _ in simulate(traffic(serve__faults=faults)).rows()}
+        assert int(rows[name]) > 0
+
+
+def test_the_table_says_what_the_warm_up_leaves_out_and_the_interval_of_every_percentile() -> None:
+    found = simulate(traffic(draws=2, serve__workload__warm_up="5 s"))
+    rows = {name: (value, unit) for name, value, unit in found.rows()}
+    counted = found["requests"]
+    assert 0 < counted < 200
+    assert rows["requests completed"] == (f"{counted} of {counted}", f"{200 - counted} of the warm-up left out")
+    shown = rows["TTFT mean / p50 / p90 / p99"][0].split(" / ")
+    for name, text in zip(("mean", "p50", "p90", "p99"), shown, strict=True):
+        spread = found.intervals["ttft_s"][name]  # type: ignore[index]
+        assert text == f"{found['ttft_s'][name]:.3g} [{spread['p5']:.3g}, {spread['p95']:.3g}]"
+
+
+def test_a_note_counts_why_requests_were_not_served() -> None:
+    inputs = {"distribution": "uniform", "min": 100, "max": 2000}
+    long = {"serve__workload__input_tokens": inputs, "serve__scheduler__max_model_len": 1500}
+    lost = [
+        {"kind": "replica_loss", "at": "5 s", "duration": "1 s", "replica": r, "in_flight": "fail"} for r in range(8)
+    ]
+    found = simulate(traffic(**long, serve__workload__output_tokens=400, serve__faults=lost))
+    rejected, failed = found["rejected"], found["failed"]
+    assert min(rejected, failed) > 0
+    assert f"{rejected} of 200 requests rejected: {rejected} longer than max_model_len" in found.notes
+    assert f"{failed} of 200 requests failed: {failed} on a replica that was lost" in found.notes
+    queue = simulate(
+        traffic(rate="400 /s", **long, serve__replicas=1, serve__max_queue=1, serve__scheduler__max_num_seqs=4)
+    )
+    note = next(note for note in queue.notes if "rejected" in note)
+    assert "longer than max_model_len" in note
+    assert "the queue was full (max_queue)" in note
+    cache = simulate(traffic(serve__workload__input_tokens=50_000, serve__scheduler__num_kv_blocks=1000))
+    assert "200 of 200 requests rejected: 200 longer than the KV cache of a shared replica" in cache.notes
+    assert not any("served all the same" in note for note in cache.notes)  # none of them was
+
+
+def test_the_note_on_extrapolation_agrees_with_the_figures() -> None:
+    for output, is_beyond in ((20, False), (45_000, True)):  # contexts that were evaluated end at the model's 40,960
+        found = simulate(traffic(4, serve__workload__output_tokens=output))
+        assert (found["extrapolated_step_ratio"] > 0) == is_beyond
+        leaning = found["unmeasured_op_time_ratio"]
+        assert found["extrapolated"] == (is_beyond or leaning > LEANING)
+        notes = [note for note in found.notes if note.startswith("extrapolated: ")]
+        assert bool(notes) == found["extrapolated"]
+        if notes:
+            assert f"{100 * found['extrapolated_step_ratio']:.3g}% of the steps" in notes[0]
+            assert f"{100 * leaning:.3g}% of a typical decode step's op time" in notes[0]
+
+
+def test_an_overload_is_not_told_to_run_longer() -> None:
+    short = traffic(400, "400 /s", serve__scheduler__max_num_seqs=4)
+    calm = simulate(traffic(40, "20 /s"))
+    assert not calm["unstable"]
+    assert any("no steady state" in note for note in calm.notes)
+    found = simulate(short)
+    assert found["unstable"]
+    assert not any("steady state" in note for note in found.notes)
+    assert f"about {found['sustainable_requests_per_s']:.3g} requests/s can be kept up" in str(found)
+    assert "says nothing of the SLO" in str(found)
