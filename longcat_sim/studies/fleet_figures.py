@@ -276,7 +276,7 @@ def highest_rate(
         broken, said = "nothing", "no rate that was tried breaks it"
     elif above["unstable"]:
         broken, said = "an unstable queue", "the queue grows without bound"
-    elif late[worst] > 0:
+    elif late[worst] > 1 - above["completed_ratio"]:
         broken = worst
         said = f"{late[worst]:.0%} of the requests of a class exceed its {worst.upper()} ({allowed:.0%} may)"
     else:
