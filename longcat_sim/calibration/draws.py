@@ -32,7 +32,11 @@ class Fit(Protocol):
     """What a draw needs of the fit that it is drawn from (``OpTimes``)."""
 
     seed: int
-    collectives_: Any
+
+    @property
+    def links(self) -> Any:
+        """What answers for collectives."""
+        ...
 
     def seconds_many(self, ops: OpArrays) -> FloatArray:
         """Return the fit's times [N]."""
@@ -59,8 +63,7 @@ class Draw:
         self.index = index
         self._fields: dict[Key, tuple[FloatArray, FloatArray, float, float]] = {}
         self._seconds: dict[Op, float] = {}
-        links = parent.collectives_
-        self._links: Any = links.draw(index) if links is not None and hasattr(links, "draw") else None
+        self._links: Any = parent.links.draw(index)
 
     def seconds(self, op: Op) -> float:
         """Return the time of one op in this draw."""
@@ -74,9 +77,7 @@ class Draw:
     def seconds_many(self, ops: OpArrays) -> FloatArray:
         """Return the times of many ops of one kind in this draw [N]."""
         if KINDS[ops.kind].is_collective:
-            if self._links is not None:
-                return np.asarray(self._links.seconds_many(ops), dtype=float)
-            return self.parent.seconds_many(ops)
+            return np.asarray(self._links.seconds_many(ops), dtype=float)
         base = self.parent.seconds_many(ops)
         answer = self.parent.answer((ops.kind, ops.dtype, ops.variant))
         if answer is None:

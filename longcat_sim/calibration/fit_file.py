@@ -7,6 +7,8 @@ hundredths of log(time / law), a bit per cell for "measured"; draws are float32.
 from __future__ import annotations
 
 import base64
+import binascii
+import math
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -88,6 +90,7 @@ def write_section(
 
 
 def _law(document: Mapping[str, Any]) -> FittedLaw:
+    _check_finite(document)
     names = LAWS[document["kind"]].coordinates
     axes: list[FloatArray] = [np.array(document["sizes"][name], dtype=float) for name in names]
     shape = tuple(len(axis) for axis in axes)
@@ -118,6 +121,27 @@ def _law(document: Mapping[str, Any]) -> FittedLaw:
     )
 
 
+def _check_finite(part: Any, name: str = "") -> None:
+    """Raise ValueError if a figure in plain data is not finite; says which."""
+    if isinstance(part, Mapping):
+        for key, inner in part.items():
+            _check_finite(inner, f"{name}.{key}".lstrip("."))
+    elif isinstance(part, list):
+        for inner in part:
+            _check_finite(inner, name)
+    elif isinstance(part, float) and not math.isfinite(part):
+        raise ValueError(f"{part} in {name}")
+
+
+def _says(error: Exception) -> str:
+    """Return what is wrong with a section, for the person who reads the file."""
+    if isinstance(error, KeyError):
+        return f"no {error.args[0]!r}"
+    if isinstance(error, zlib.error | binascii.Error):
+        return "a packed grid that is cut short or was changed"
+    return str(error)
+
+
 def read_fit(hardware: HardwareSpec) -> tuple[dict[Any, FittedLaw], Any, dict[str, Any], int]:
     """Return (laws, collectives or None, provenance, draws) of a profile; nothing where it has no fit.
 
@@ -133,12 +157,18 @@ def read_fit(hardware: HardwareSpec) -> tuple[dict[Any, FittedLaw], Any, dict[st
             f"{where}: schema: expected {SCHEMA}; got {section.get('schema')!r}; "
             "write the fit again with this version's `calibrate`"
         )
-    try:
-        laws = [_law(document) for document in section.get("laws", [])]
-    except (KeyError, ValueError, TypeError, zlib.error) as error:
-        raise MeasurementError(
-            f"{where}: laws: expected what `calibrate` writes; got {error!r}; write the fit again with `calibrate`"
-        ) from None
+    laws, faults = [], []
+    for number, document in enumerate(section.get("laws") or (), start=1):
+        try:
+            laws.append(_law(document))
+        except (KeyError, ValueError, TypeError, zlib.error) as error:
+            names = [document.get(key) for key in ("kind", "dtype", "variant")] if isinstance(document, dict) else []
+            faults.append(
+                f"{where}: laws: {' '.join(map(str, filter(None, names))) or f'number {number}'}: expected what "
+                f"`calibrate` writes; got {_says(error)}; write the fit again with `calibrate`"
+            )
+    if faults:
+        raise MeasurementError(faults)
     provenance = {key: value for key, value in section.items() if key not in ("schema", "laws", "collectives")}
     draws = max((len(law.draws_) for law in laws), default=64)
     return {law.key: law for law in laws}, read_collectives(hardware), provenance, draws
@@ -154,11 +184,12 @@ def read_collectives(hardware: HardwareSpec) -> CollectiveTimes | None:
     if not section:
         return None
     try:
+        _check_finite({name: section[name] for name in ("reference", "kernel_gap_us", "curves")})
         return CollectiveTimes.from_fit(section, hardware)
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise MeasurementError(
-            f"hardware {hardware.name}: fit: collectives: expected what `calibrate` writes; got {error!r}; restore the "
-            "section"
+            f"hardware {hardware.name}: fit: collectives: expected what `calibrate` writes; got {_says(error)}; "
+            "restore the section"
         ) from None
 
 

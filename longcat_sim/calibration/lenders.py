@@ -15,8 +15,8 @@ from longcat_sim.calibration.fit_file import read_fit
 from longcat_sim.calibration.fitted import FittedLaw
 from longcat_sim.calibration.laws import Device
 from longcat_sim.calibration.transfer import device_of
-from longcat_sim.errors import MeasurementError, SpecError, UserError
-from longcat_sim.specs.hardware import HardwareSpec, hardware_names, load_hardware
+from longcat_sim.errors import MeasurementError, SpecError
+from longcat_sim.specs.hardware import HardwareSpec, readable_hardware
 
 OTHER_ARCHITECTURE = 0.18
 OCTAVE_OF_BALANCE = 0.11
@@ -84,11 +84,7 @@ def nearest(key: Key, hardware: HardwareSpec) -> Lent | None:
 
 
 def _lenders() -> Iterator[HardwareSpec]:
-    for name in hardware_names():
-        try:
-            found = load_hardware(name)
-        except UserError:  # a profile that somebody is still writing lends nothing
-            continue
+    for _, found in readable_hardware():
         if found.architecture and found.fit and found.fit.get("laws") and not found.has_own_kernels:
             yield found  # a CPU names no architecture, and lends nothing
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from longcat_sim.calibration.answer import Answer, Key
+from longcat_sim.calibration.collectives import CollectiveTimes
 from longcat_sim.calibration.draws import Draw
 from longcat_sim.calibration.fit_file import read_fit, write_section
 from longcat_sim.calibration.fitted import LEVELS, FittedLaw
@@ -50,6 +51,7 @@ class OpTimes:
 
     def __post_init__(self) -> None:
         self._sheet = Roofline(self.hardware)
+        self._from_links = CollectiveTimes(self.hardware, [], kernel_gap_s=0.0)
         self._answers: dict[Key, Answer | None] = {}
         self._seconds: dict[Op, float] = {}
 
@@ -150,7 +152,7 @@ class OpTimes:
         if known is not None:
             return known
         if KINDS[op.kind].is_collective:
-            known = float(self._links().seconds(op))
+            known = float(self.links.seconds(op))
         else:
             answer = self.answer((op.kind, op.dtype, op.variant))
             if answer is None:
@@ -168,7 +170,7 @@ class OpTimes:
             UnmeasuredOpError: as ``seconds``.
         """
         if KINDS[ops.kind].is_collective:
-            return np.asarray(self._links().seconds_many(ops), dtype=float)
+            return np.asarray(self.links.seconds_many(ops), dtype=float)
         answer = self.answer((ops.kind, ops.dtype, ops.variant))
         if answer is None:
             return self._sheet_many(ops)
@@ -181,7 +183,7 @@ class OpTimes:
         ``sm``: the law's compute time over the op's time; ``memory``: bytes at the law's attainable bandwidth over it.
         """
         if KINDS[op.kind].is_collective:
-            return self._links().demand(op)
+            return self.links.demand(op)
         answer = self.answer((op.kind, op.dtype, op.variant))
         if answer is None:
             return ResourceShares(host=1.0) if op.kind == "host" else self._sheet.demand(op)
@@ -197,7 +199,7 @@ class OpTimes:
     def tag(self, op: Op) -> Tag:
         """Return where the figure comes from."""
         if KINDS[op.kind].is_collective:
-            return self._links().tag(op)
+            return self.links.tag(op)
         answer = self.answer((op.kind, op.dtype, op.variant))
         if answer is None:
             return "datasheet"
@@ -223,8 +225,11 @@ class OpTimes:
         """Return one bootstrap draw of the whole fit, itself an ``OpTimesLike``. Equal indices give equal draws."""
         return Draw(self, index)
 
-    def notes(self, ops: Sequence[Op] = ()) -> list[str]:
-        """Return what a reader must know: which kinds come from the data sheet or were carried over, and how far."""
+    def notes(self, ops: Sequence[Op] = (), collectives: Iterable[tuple[str, str, Tag]] = ()) -> list[str]:
+        """Return what a reader must know: which kinds come from the data sheet or were carried over, and how far.
+
+        ``collectives`` are (kind, variant, tag): whether one was measured depends on its bytes and ranks.
+        """
         names: dict[str, list[str]] = defaultdict(list)
         for kind, dtype, variant in sorted({(o.kind, o.dtype, o.variant) for o in ops if not o.is_collective}):
             answer = self.answer((kind, dtype, variant))
@@ -245,6 +250,7 @@ class OpTimes:
                 continue
             names[says].append(name)
         found = [f"{', '.join(same)}: {says}" for says, same in names.items()]
+        found += self.links.notes(collectives)
         if self.hardware.has_own_kernels and self.hardware.sm_count != 1:
             found.insert(
                 0,
@@ -253,8 +259,10 @@ class OpTimes:
             )
         return found
 
-    def _links(self) -> Any:
-        return self.collectives_ if self.collectives_ is not None else self._sheet
+    @property
+    def links(self) -> Any:
+        """What answers for collectives: the measured ones, or the data sheet's links with their error."""
+        return self.collectives_ if self.collectives_ is not None else self._from_links
 
     def answer(self, key: Key) -> Answer | None:
         """Return how ``key`` is answered, or None for the data sheet."""

@@ -59,3 +59,5 @@ def run(
         if not out.exists():
             raise MeasurementError(f"--out {out}: expected at least one point; got none: {found.summary()}")
         say(f"{found.summary()}; written to {out}")
+        if found.advice():
+            say(found.advice())

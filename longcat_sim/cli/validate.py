@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from longcat_sim.cli.output import print_json, say
-from longcat_sim.studies.validate.sections import SECTIONS
+from longcat_sim.errors import SpecError
+from longcat_sim.studies.validate.sections import PER_HARDWARE, SECTIONS
 
 
 def run(
@@ -16,10 +17,16 @@ def run(
         list[str] | None,
         typer.Option("--section", help=f"Only this section. Repeatable. One of {', '.join(SECTIONS)}."),
     ] = None,
+    hardware: Annotated[
+        list[str] | None,
+        typer.Option("--hardware", help=f"Only this profile, in {' and '.join(PER_HARDWARE)}. Repeatable."),
+    ] = None,
     vllm_run: Annotated[Path | None, typer.Option(help="A recorded engine run: requests.jsonl, meta.json, ...")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Print predictions beside published and measured results."""
+    if vllm_run is not None and (section or hardware):
+        raise SpecError("--vllm-run: expected neither --section nor --hardware beside it; drop them or --vllm-run")
     if vllm_run is not None:
         import warnings
 
@@ -42,7 +49,7 @@ def run(
         return
     from longcat_sim.studies.validate.sections import run_sections
 
-    sections = run_sections(section or [], progress=say)
+    sections = run_sections(section or [], progress=say, hardware=hardware or [])
     if json:
         print_json({each.name: each.to_json() for each in sections})
     else:

@@ -38,6 +38,10 @@ POINT_S = {"cpu": 0.03, "cuda": 0.01}
 CPU_DTYPE, CUDA_DTYPE = "fp32", "bf16"
 
 
+FEW_UNSTABLE = 0.1
+"""Share of unstable points below which a file needs no advice. Assumed."""
+
+
 @dataclass
 class Profiled(Sequence[Measurement]):
     """What was measured, and what the time box dropped."""
@@ -61,6 +65,16 @@ class Profiled(Sequence[Measurement]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.rows[index]
+
+    def advice(self) -> str:
+        """Return what to do about unstable points; nothing where they are few."""
+        if sum(not row.stable for row in self.rows) <= FEW_UNSTABLE * len(self.rows):
+            return ""
+        return (
+            "this machine was busy or its clock changed: the fit takes each point's median, which is then too long by "
+            "as much. Close other programs and profile into a new file (points of an old one are kept, not measured "
+            "again), with more --budget-s where it can be had"
+        )
 
     def summary(self) -> str:
         """Return one line: points, unstable ones, and what was dropped."""

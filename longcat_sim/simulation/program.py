@@ -77,7 +77,7 @@ class Program:
 def links_of(op_times: Any) -> Any:
     """Return what a fit knows of collectives and of the gap between kernels; None for data sheets."""
     found = getattr(op_times, "_links", None)  # a draw has its own
-    if found is None or callable(found):
+    if found is None:
         found = getattr(op_times, "collectives_", None)
     return found
 

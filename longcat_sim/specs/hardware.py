@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,10 @@ class HardwareSpec(Part):
         return self.peak[dtype]
 
 
+LOCAL = "cpu-local"
+"""Name of the profile of this machine's CPU, which no checkout holds."""
+
+
 def profile_folders() -> list[Path]:
     """Return where profiles are looked for: ./hardware_profiles first, then the package's own checkout."""
     folders = [Path.cwd() / "hardware_profiles", Path(__file__).resolve().parents[2] / "hardware_profiles"]
@@ -140,6 +145,13 @@ def profile_folders() -> list[Path]:
 def hardware_names() -> list[str]:
     """Return the names of all profiles found."""
     return sorted({path.stem for folder in profile_folders() for path in folder.glob("*.yaml")})
+
+
+def readable_hardware() -> Iterator[tuple[str, HardwareSpec]]:
+    """Yield the name and content of every profile that can be read; one that somebody still writes is passed over."""
+    for name in hardware_names():
+        with contextlib.suppress(SpecError):
+            yield name, load_hardware(name)
 
 
 def load_hardware(name_or_path: str | Path, *, where: str = "") -> HardwareSpec:
@@ -155,6 +167,12 @@ def load_hardware(name_or_path: str | Path, *, where: str = "") -> HardwareSpec:
             raise unknown_name("hardware", text, hardware_names(), where=where)
     else:
         found = [folder / f"{text}.yaml" for folder in profile_folders() if (folder / f"{text}.yaml").exists()]
+        if not found and text == LOCAL:
+            raise SpecError(
+                f"{where or 'hardware'}: {LOCAL}: expected this machine's own profile, hardware_profiles/{LOCAL}.yaml; "
+                "there is none yet; run `quickstart`, or `profile --out m.jsonl` and then "
+                f"`calibrate m.jsonl --name {LOCAL}`: both write it"
+            )
         if not found:
             raise unknown_name("hardware", text, hardware_names(), where=where)
         path = found[0]

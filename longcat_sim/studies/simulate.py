@@ -137,7 +137,8 @@ def _op_notes(op_times: OpTimesLike, scenario: Scenario, step: StepResult) -> li
     if hasattr(op_times, "notes"):
         items = step.timeline.program.items
         sorts = {(i.kind, i.dtype, i.variant) for i in items if not i.is_collective and i.kind != "host"}
-        notes += op_times.notes([Op(kind, (), dtype, variant) for kind, dtype, variant in sorts])
+        exchanges = {(i.kind, i.variant, i.tag) for i in items if i.is_collective}
+        notes += op_times.notes([Op(kind, (), dtype, variant) for kind, dtype, variant in sorts], exchanges)
     assumed = scenario.hardware.assumed
     if assumed:
         notes.append(f"hardware {scenario.hardware.name}: assumed, without a source: {', '.join(assumed)}")

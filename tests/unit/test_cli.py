@@ -122,6 +122,9 @@ def test_a_larger_token_budget_never_frees_memory(capsys: pytest.CaptureFixture[
         (["simulate", "longcat-flash-h800-decode", "--set", "price.usd_per_gpu_hour=0"],
          ["--set price.usd_per_gpu_hour=0: expected greater than 0"]),
         (["validate", "--section", "nope"], ["expected some of longcat-report"]),
+        (["validate", "--section", "ops", "--hardware", "h100"], ["--hardware", "'h100'", "did you mean 'h100-sxm"]),
+        (["validate", "--section", "limits", "--hardware", "h100-sxm"], ["expected --section ops or transfer"]),
+        (["validate", "--vllm-run", "x", "--section", "ops"], ["--vllm-run: expected neither"]),
     ],
 )  # fmt: skip
 def test_wrong_input_exits_2_and_says_what_to_do(

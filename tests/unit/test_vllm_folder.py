@@ -220,6 +220,47 @@ def test_blocks_of_a_rank_are_found_in_every_report(make: Any) -> None:
         RunFolder.read(folder).kv_blocks(model_spec("qwen3-32b"), 1, 1)
 
 
+def remarks(folder: Path) -> list[str]:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        predict(folder)
+    return [str(each.message) for each in found]
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("max_num_seqs", "no max_num_seqs: 1024, vLLM's default, is taken"),
+        ("max_num_batched_tokens", "no max_num_batched_tokens: 8192, vLLM's default, is taken"),
+        ("block_size", "no block_size: 16, vLLM's default, is taken"),
+    ],
+)
+def test_a_default_is_never_taken_without_a_word(make: Any, key: str, says: str) -> None:
+    folder = make("run", settings={"block_size": 16}, kv_cache={"num_gpu_blocks": 30000})
+    assert not [each for each in remarks(folder) if "vLLM's default" in each]
+    document = json.loads((folder / "meta.json").read_text())
+    del document["engine_kwargs"][key]
+    (folder / "meta.json").write_text(json.dumps(document))
+    assert [each for each in remarks(folder) if says in each and "meta.json" in each]
+
+
+def test_defaults_depend_on_the_card_and_on_what_is_known_of_it(make: Any) -> None:
+    small = {"nodes": [{"instances": [{"model_name": DENSE, "npu_mem": {"mem_size": 68}}]}]}
+    found = remarks(make("small", settings={"max_num_seqs": None}, config=small))
+    assert any("no max_num_seqs: 256," in each for each in found)
+    assert any("no gpu_memory_utilization: 0.9," in each for each in found)
+    assert any("no vllm_version" in each for each in remarks(make("bare", vllm_version=None)))
+
+
+def test_a_misspelled_setting_is_named_with_the_likely_one(make: Any) -> None:
+    folder = make("run", settings={"max_num_sequences": 64})
+    assert not [each for each in remarks(folder) if "meant" in each]  # max_num_seqs is given beside it
+    document = json.loads((folder / "meta.json").read_text())
+    del document["engine_kwargs"]["max_num_seqs"]
+    (folder / "meta.json").write_text(json.dumps(document))
+    assert any("engine_kwargs.max_num_sequences: no effect; is max_num_seqs meant?" in each for each in remarks(folder))
+
+
 def test_what_the_engine_resolved_has_the_last_word(make: Any) -> None:
     resolved = {
         "scheduler_config": {"async_scheduling": False, "max_num_seqs": 8},

@@ -14,6 +14,7 @@ from longcat_sim.calibration import OpTimes
 from longcat_sim.errors import UserError
 from longcat_sim.records.files import write_text
 from longcat_sim.records.measurement import save_measurements
+from longcat_sim.specs.hardware import LOCAL
 from longcat_sim.specs.scenario import scenario
 from longcat_sim.studies.measure import calibrate, write_this_machine
 from longcat_sim.studies.quickstart.checks import (
@@ -30,7 +31,6 @@ from longcat_sim.studies.validate.section import Section
 Progress = Callable[[str, float, float], None]
 MODEL = "longcat-cpu-64e"
 """What is run here: a LongCat-Flash small enough for two minutes on two cores."""
-PROFILE = "cpu-local"
 STAGES = ("measure", "fit", "steps", "ranks", "simulate", "serve", "report")
 SHARES = (0.0, 0.37, 0.39, 0.54, 0.89, 0.92, 0.98)
 """Where each stage starts on the progress bar, by its usual time."""
@@ -92,7 +92,7 @@ def quickstart(out: Path, *, device: str = "auto", progress: Progress | None = N
 
     place = pick_device(device)
     _make_folder(out)
-    name = PROFILE if place.type == "cpu" else "cuda-local"
+    name = LOCAL if place.type == "cpu" else "cuda-local"
     tell(0, "describing this machine")
     write_this_machine(name, out / f"{name}.yaml")
     measured = profile(

@@ -171,7 +171,10 @@ def run(folder: Path | None = None, **_: Any) -> Section:
     shared = folder or shared_folder()
     path = shared / "data" / "overlap" / "deepseek_train_kernels.csv" if shared else None
     if path is None or not path.exists():
-        section.skipped = "no trace here (set LONGCAT_SIM_SHARED to the folder with data/overlap)"
+        section.skipped = (
+            "no trace here: set LONGCAT_SIM_SHARED to a folder that holds data/overlap/deepseek_train_kernels.csv, the "
+            "kernels of deepseek-ai/profile-data's train.json (README, validation)"
+        )
         return section
     kernels = read_kernels(path)
     start, _program = predict(kernels)

@@ -6,9 +6,11 @@ each left out of a fit of their own. They stand in the profile's ``fit:`` sectio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from longcat_sim.calibration import OpTimes
 from longcat_sim.calibration.laws import LAWS
-from longcat_sim.errors import MeasurementError
+from longcat_sim.errors import UserError
 from longcat_sim.specs.hardware import hardware_names, load_hardware
 from longcat_sim.studies.validate.section import Row, Section
 
@@ -20,19 +22,19 @@ COVERAGE = (0.85, 0.95)
 MIN_POINTS = 200
 
 
-def run() -> Section:
-    """Return the error table."""
+def run(hardware: Sequence[str] = ()) -> Section:
+    """Return the error table of every profile, or of these only; one that cannot be read is named in a note."""
     section = Section("ops", "Fitted op times against held-out measurements (mean absolute error)")
     pooled: dict[str, list[tuple[float, int]]] = {}
     by_kind: dict[tuple[str, str], list[tuple[float, int]]] = {}
-    for name in hardware_names():
-        hardware = load_hardware(name)
+    for name in hardware or hardware_names():
         try:
-            times = OpTimes.from_hardware(hardware)
-        except MeasurementError as error:  # a profile of the user's that another version fitted
-            section.notes.append(error.faults[0])
+            device = load_hardware(name)
+            times = OpTimes.from_hardware(device)
+        except UserError as error:  # a profile of the user's that another version wrote or fitted
+            section.notes.append(f"left out: {error.faults[0]}")
             continue
-        is_cpu = hardware.sm_count == 1
+        is_cpu = device.sm_count == 1
         for law in times.laws_.values():
             if law.transferred_from:
                 section.notes.append(f"{name}: {' '.join(filter(None, law.key))} is that of {law.transferred_from}")
@@ -54,12 +56,12 @@ def run() -> Section:
                         note=note,
                     )
                 )
-                if law.kind in GPU_KINDS and split in GPU_LIMITS and not is_cpu and not hardware.has_own_kernels:
+                if law.kind in GPU_KINDS and split in GPU_LIMITS and not is_cpu and not device.has_own_kernels:
                     by_kind.setdefault((law.kind, split), []).append((figures["mape"], count))
                 if split in ("fitted", "random p10"):
                     continue
                 where = "interpolated" if split == "random" else "extrapolated"
-                group = f"{'cpu' if is_cpu else 'gpu campaign' if hardware.has_own_kernels else 'gpu tables'}, {where}"
+                group = f"{'cpu' if is_cpu else 'gpu campaign' if device.has_own_kernels else 'gpu tables'}, {where}"
                 pooled.setdefault(group, []).append((coverage, count))
     for (kind, split), parts in sorted(by_kind.items()):
         mape, count = _mean(parts)
@@ -77,7 +79,7 @@ def run() -> Section:
         "the largest sizes or all of one value left out; fitted: on the very points"
     )
     if not section.rows:
-        section.skipped = "no packaged profile has a fit"
+        section.skipped = f"no fit in {', '.join(hardware) or 'any profile'}"
     return section
 
 

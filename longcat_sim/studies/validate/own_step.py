@@ -7,16 +7,16 @@ inside the ops' own times, which are measured with caches as cold as a step leav
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from longcat_sim.calibration import OpTimes
+from longcat_sim.errors import MeasurementError
 from longcat_sim.ops.graph import LayerLoad
 from longcat_sim.ops.op import OpTimesLike
 from longcat_sim.profiling.steps import POINTS, Point
 from longcat_sim.profiling.suites import step_ops
 from longcat_sim.records.measurement import StepMeasurement
-from longcat_sim.specs.hardware import load_hardware
+from longcat_sim.specs.hardware import readable_hardware
 from longcat_sim.specs.model import ModelSpec, model_spec
 from longcat_sim.studies.validate.section import Row, Section, median, worst
 
@@ -58,23 +58,47 @@ def summary_rows(rows: Sequence[Row], steps: Sequence[StepMeasurement]) -> list[
     ]
 
 
+def fit_of(device: str) -> tuple[OpTimes | None, list[str]]:
+    """Return the newest fit to measurements of a device, by the name that it gives itself, and which one it is."""
+    measured = [(name, spec) for name, spec in readable_hardware() if (spec.fit or {}).get("measured_on") == device]
+    measured.sort(key=lambda each: str((each[1].fit or {}).get("date", "")), reverse=True)
+    notes = []
+    for name, spec in measured:
+        try:
+            times = OpTimes.from_hardware(spec)
+        except MeasurementError as error:
+            notes.append(f"left out: {error.faults[0]}")
+            continue
+        others = f", the newest of {', '.join(sorted(each for each, _ in measured))}" if len(measured) > 1 else ""
+        return times, [*notes, f"predicted by the fit of {name}{others}"]
+    return None, notes
+
+
 def run(
     times: OpTimes | None = None, *, model: str = MODEL, device: Any = None, points: Sequence[Point] = POINTS,
     budget_s: float = 30.0, **_: Any,
 ) -> Section:  # fmt: skip
-    """Measure steps of ``model`` here and return them beside their prediction; ``times`` default to cpu-local's fit."""
+    """Measure steps of ``model`` here and return them beside their prediction.
+
+    ``times`` default to the fit of this machine's measurements, the newest where several profiles hold one.
+    """
     import torch
 
     from longcat_sim.model import LongcatFlash
+    from longcat_sim.profiling.environment import here
     from longcat_sim.profiling.steps import measure_steps
 
+    place = torch.device(device or "cpu")
     section = Section("own-step", f"Steps of {model} on this machine, predicted from op times alone")
     if times is None:
-        if not Path("hardware_profiles/cpu-local.yaml").exists():
-            section.skipped = "no profile of this machine: run `quickstart` in the repository first"
+        times, notes = fit_of(here(place).device)
+        section.notes += notes
+        if times is None:
+            section.skipped = (
+                "no profile is fitted to this machine: run `quickstart`, or `profile --out m.jsonl` and then "
+                "`calibrate m.jsonl --name mine`"
+            )
             return section
-        times = OpTimes.from_hardware(load_hardware("cpu-local"))
-    place = torch.device(device or "cpu")
     dtype, name = (torch.float32, "fp32") if place.type == "cpu" else (torch.bfloat16, "bf16")
     spec = model_spec(model)
     steps = measure_steps(LongcatFlash(spec, device=place, dtype=dtype), model, points, budget_s=budget_s)

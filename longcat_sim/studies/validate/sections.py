@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Callable, Sequence
 
 from longcat_sim.errors import SpecError
+from longcat_sim.specs.hardware import hardware_names
+from longcat_sim.specs.loading import unknown_name
 from longcat_sim.studies.validate.section import Section
 
 SECTIONS: dict[str, str] = {
@@ -22,23 +24,37 @@ SECTIONS: dict[str, str] = {
 }
 MINUTES = frozenset({"ranks"})
 """Sections that take minutes and tell how far they are."""
+PER_HARDWARE = ("ops", "transfer")
+"""Sections that can be restricted to some hardware profiles."""
 
 
-def run_sections(names: Sequence[str] = (), progress: Callable[[str], None] | None = None) -> list[Section]:
-    """Return the named sections, all by default.
+def run_sections(
+    names: Sequence[str] = (), progress: Callable[[str], None] | None = None, hardware: Sequence[str] = ()
+) -> list[Section]:
+    """Return the named sections, all by default; with ``hardware`` those that are per hardware, of these profiles.
 
     Raises:
-        SpecError: an unknown name; lists the valid ones.
+        SpecError: an unknown name, or ``hardware`` for a section that has none; lists the valid ones.
     """
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
         raise SpecError(
             f"--section: expected some of {', '.join(SECTIONS)}; got {', '.join(unknown)}; choose known ones"
         )
+    for name in hardware:
+        if name not in hardware_names():
+            raise unknown_name("--hardware", name, hardware_names())
+    others = [name for name in names if name not in PER_HARDWARE]
+    if hardware and others:
+        raise SpecError(
+            f"--hardware: expected --section {' or '.join(PER_HARDWARE)}, which are per hardware; got "
+            f"{', '.join(others)}; leave one of the two out"
+        )
     found = []
-    for name in names or SECTIONS:
+    for name in names or (PER_HARDWARE if hardware else SECTIONS):
         if progress is not None:
             progress(f"{name}: {SECTIONS[name]}")
         module = importlib.import_module(f"longcat_sim.studies.validate.{name.replace('-', '_')}")
-        found.append(module.run(progress=progress) if name in MINUTES else module.run())
+        kept = {"hardware": hardware} if hardware else {"progress": progress} if name in MINUTES else {}
+        found.append(module.run(**kept))
     return found

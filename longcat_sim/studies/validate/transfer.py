@@ -20,7 +20,7 @@ from longcat_sim.calibration.transfer import device_of
 from longcat_sim.capacity.samples import kinds_of
 from longcat_sim.errors import SpecError
 from longcat_sim.ops.op import FloatArray
-from longcat_sim.specs.hardware import hardware_names, load_hardware
+from longcat_sim.specs.hardware import load_hardware, readable_hardware
 from longcat_sim.specs.scenario import scenario
 from longcat_sim.studies.validate.section import Row, Section
 
@@ -38,10 +38,12 @@ NEAR = 0.05
 """Added to a source's expected error, so that an equal device does not count for ever. Assumed."""
 
 
-def run() -> Section:
-    """Return the transfer table: median |error| per kind, and over the kinds of a case."""
+def run(hardware: Sequence[str] = ()) -> Section:
+    """Return the transfer table: median |error| per kind, and over the kinds of a case; of these targets only."""
     section = Section("transfer", "Op times of an unseen system, predicted from two others (median |error|)")
     for sources, target in CASES:
+        if hardware and target not in hardware:
+            continue
         name = f"{' + '.join(sources)} -> {target}"
         rows = transfer_errors(sources, target)
         for label, errors in rows.items():
@@ -51,9 +53,13 @@ def run() -> Section:
         else:
             section.notes.append(f"{name}: no kind is fitted on all three")
     for target in measured_devices():
+        if hardware and target not in hardware:
+            continue
         section.rows.append(_row(f"nearest device -> {target}: all kinds", list(lent_errors(target).values()), None))
         for name, ratio in zip(("nearest device", "data sheet alone"), step_ratios(target), strict=True):
             section.rows.append(Row(f"decode step on {target}, {name} over own fit", "ratio", ratio, error=ratio - 1))
+    if not section.rows:
+        section.skipped = f"{', '.join(hardware)}: no fit of published tables to compare with"
     return section
 
 
@@ -68,8 +74,7 @@ def _row(name: str, errors: list[FloatArray], limit: float | None) -> Row:
 def measured_devices() -> list[str]:
     """Return the profiles with at least five laws of their own."""
     found = []
-    for name in hardware_names():
-        hardware = load_hardware(name)
+    for name, hardware in readable_hardware():
         laws = (hardware.fit or {}).get("laws", [])
         if (
             hardware.architecture

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,19 @@ from longcat_sim.specs.loading import read_yaml
 from longcat_sim.specs.model import ModelSpec, model_names, model_spec
 from longcat_sim.studies.measure import sheet_of_card
 
-BLOCK_TOKENS = 16
-"""vLLM's default KV block on CUDA."""
+BLOCK_TOKENS, MEMORY_SHARE = 16, 0.9
+"""vLLM's default KV block on CUDA, and share of a card's memory."""
+BATCH_DEFAULTS = {False: (256, 2048), True: (1024, 8192)}
+"""By whether a card has 70 GiB at least and is no A100: a vLLM server's max_num_seqs and max_num_batched_tokens where
+nobody sets them. Source: vLLM ``EngineArgs.get_batch_defaults`` (vllm/engine/arg_utils.py), usage context of an API
+server; its offline class takes more tokens, and so do servers since v0.28 on cards of 160 GiB."""
+LARGE_CARD_BYTES = 70 * 2**30
+USED = (
+    "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "data_parallel_size", "pipeline_parallel_size",
+    "enable_expert_parallel", "block_size", "gpu_memory_utilization", "enable_prefix_caching", "async_scheduling",
+    "enforce_eager", "disable_custom_all_reduce", "cudagraph_mode", "cudagraph_capture_sizes",
+)  # fmt: skip
+"""Keys of ``engine_kwargs`` that change the prediction."""
 ASYNC_SINCE = (0, 14)
 """vLLM decides the next step while one runs by default since v0.14.0 (its release notes, January 2026)."""
 TEMPLATE_LINK = (16, 20000)
@@ -132,12 +145,52 @@ class RunFolder:
         """
         sheet = path / "profile" / "meta.yaml"
         profile: Any = read_yaml(sheet)[0] if sheet.is_file() else {}
-        return cls(
+        folder = cls(
             path,
             read_json(path / "meta.json"),
             read_json(path / "config.json"),
             profile if isinstance(profile, dict) else {},
         )
+        folder.warn_of_misspelled()
+        return folder
+
+    def warn_of_misspelled(self) -> None:
+        """Warn of each key of ``engine_kwargs`` that looks like one that is missing there."""
+        given = self.meta.get("engine_kwargs") or {}
+        resolved = [key for section in (self.meta.get("resolved_config") or {}).values() for key in section or ()]
+        missing = [key for key in USED if key not in given and key not in resolved]
+        for key in given:
+            likely = difflib.get_close_matches(key, missing, n=1, cutoff=0.8) if key not in USED else []
+            if likely:
+                warnings.warn(
+                    f"{self.path / 'meta.json'}: engine_kwargs.{key}: no effect; is {likely[0]} meant?", stacklevel=3
+                )
+
+    def default(self, key: str, value: Any) -> Any:
+        """Return ``value`` and warn that it was taken for a missing ``key``."""
+        warnings.warn(
+            f"{self.path / 'meta.json'}: no {key}: {value}, vLLM's default, is taken; add what the run had to "
+            "engine_kwargs",
+            stacklevel=4,
+        )
+        return value
+
+    @property
+    def max_num_seqs(self) -> int:
+        """The most sequences of a step. As ``count``, but for vLLM's default, which depends on the card."""
+        return self._batch_limit("max_num_seqs", 0)
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        """The most tokens of a step, as above."""
+        return self._batch_limit("max_num_batched_tokens", 1)
+
+    def _batch_limit(self, key: str, index: int) -> int:
+        if self.setting("scheduler_config", key) is None:
+            card = str(self.profile.get("gpu") or self.instance.get("hardware") or "")
+            is_large = (self._card_bytes or 0) >= LARGE_CARD_BYTES and "a100" not in card.lower()
+            return int(self.default(key, BATCH_DEFAULTS[is_large][index]))
+        return self.count("scheduler_config", key, 0)
 
     def setting(self, section: str, key: str, default: Any = None) -> Any:
         """Return what the engine resolved, else what it was given, else ``default``."""
@@ -171,12 +224,19 @@ class RunFolder:
     @property
     def version(self) -> tuple[int, ...]:
         """vLLM's version, two numbers."""
-        return tuple(int(part) for part in str(self.meta.get("vllm_version", "0.0")).split(".")[:2] if part.isdigit())
+        return tuple(int(part) for part in str(self.meta.get("vllm_version") or "").split(".")[:2] if part.isdigit())
 
     @property
     def is_async(self) -> bool:
         """Whether the engine decides the next step while one runs."""
-        return bool(self.setting("scheduler_config", "async_scheduling", self.version >= ASYNC_SINCE))
+        given = self.setting("scheduler_config", "async_scheduling")
+        if given is None and not self.version:
+            warnings.warn(
+                f"{self.path / 'meta.json'}: no vllm_version: taken as older than 0.14, whose steps wait for their "
+                'scheduling; add it, as "0.19.0"',
+                stacklevel=2,
+            )
+        return self.version >= ASYNC_SINCE if given is None else bool(given)
 
     @property
     def is_eager(self) -> bool:
@@ -267,13 +327,16 @@ class RunFolder:
             MeasurementError: neither blocks nor memory are known, or weights leave nothing.
         """
         reported = self.meta.get("kv_cache") or {}
-        size = int(reported.get("block_size") or self.setting("cache_config", "block_size") or BLOCK_TOKENS)
+        given = reported.get("block_size") or self.setting("cache_config", "block_size")
+        size = int(given or BLOCK_TOKENS)
         tokens = self.setting("cache_config", "kv_cache_size_tokens")
         if _is_number(tokens) and tokens >= size:
             return int(tokens) // size - 1, size
         fitting = self._blocks_by_memory(model, tp_size, dp_size, size)
         blocks = reported.get("num_gpu_blocks") or self.setting("cache_config", "num_gpu_blocks")
         if _is_number(blocks) and blocks > 1:
+            if not given:  # the cache's tokens hang on it; where the memory is known they hardly do
+                self.default("block_size", BLOCK_TOKENS)
             is_total = dp_size > 1 and (fitting is None or blocks > 1.3 * fitting)
             return int(blocks) // (dp_size if is_total else 1) - 1, size
         if fitting is None or fitting < 2:
@@ -285,15 +348,18 @@ class RunFolder:
 
     def _blocks_by_memory(self, model: ModelSpec, tp_size: int, dp_size: int, size: int) -> int | None:
         memory = self.instance.get("npu_mem") or {}
-        total = self._card_bytes()
+        total = self._card_bytes
         if total is None:
             return None
-        share = memory.get("mem_util") or self.setting("cache_config", "gpu_memory_utilization") or 0.9
+        share = memory.get("mem_util") or self.setting("cache_config", "gpu_memory_utilization")
+        if not share:
+            share = self.default("gpu_memory_utilization", MEMORY_SHARE)
         experts = model.parameters_by_part["experts"]
         weights = ((model.num_parameters - experts) / tp_size + experts / (tp_size * dp_size)) * 2.0
         per_block = model.kv_bytes_per_token(bytes_per_value=2) / tp_size * size
         return max(0, int((total * share - weights) / per_block))
 
+    @cached_property
     def _card_bytes(self) -> float | None:
         """Return a card's memory: the deployment's, what the engine saw, or its packaged profile's."""
         given: Any = (self.instance.get("npu_mem") or {}).get("mem_size")

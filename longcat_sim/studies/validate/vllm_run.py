@@ -56,7 +56,7 @@ def _times(folder: RunFolder, model: ModelSpec) -> EngineTimes:
     return EngineTimes(
         profile,
         model,
-        folder.count("scheduler_config", "max_num_seqs", 256),
+        folder.max_num_seqs,
         tp_size=tp,
         dp_size=dp,
         is_expert_parallel=bool(folder.setting("parallel_config", "enable_expert_parallel")),
@@ -86,7 +86,7 @@ def predict(directory: Path) -> tuple[ServingResult, list[dict[str, Any]]]:
             "router": "least_loaded",
             "scheduler": {
                 "max_num_seqs": times.max_num_seqs,
-                "max_num_batched_tokens": folder.count("scheduler_config", "max_num_batched_tokens", 2048),
+                "max_num_batched_tokens": folder.max_num_batched_tokens,
                 "block_tokens": block_tokens,
                 "prefix_cache": folder.setting("cache_config", "enable_prefix_caching") is not False,
                 "async_scheduling": folder.is_async,

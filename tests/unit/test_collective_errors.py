@@ -1,0 +1,108 @@
+"""Collectives that nobody measured are as uncertain as measured ones show such predictions to be, and say so."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from longcat_sim.calibration.collectives import (
+    EXTRAPOLATED_SPREAD,
+    NCCL_KINDS,
+    NCCL_SHEET_SPREAD,
+    SHEET_SPREAD,
+    CollectiveTimes,
+    Curve,
+)
+from longcat_sim.calibration.fit_file import read_collectives
+from longcat_sim.calibration.op_times import OpTimes
+from longcat_sim.calibration.roofline import Roofline
+from longcat_sim.ops.op import FloatArray, OpArrays, op
+from longcat_sim.specs.hardware import HardwareSpec, hardware_names, load_hardware
+from longcat_sim.specs.scenario import scenario
+from longcat_sim.studies.simulate import simulate
+
+Table = tuple[Curve, OpArrays, FloatArray]
+
+
+def packaged() -> Iterator[tuple[HardwareSpec, CollectiveTimes, dict[tuple[str, str], list[Table]]]]:
+    """Yield each device's own tables, by kind and variant: what was measured there, no lent point."""
+    for name in hardware_names():
+        hardware = load_hardware(name)
+        times = read_collectives(hardware)
+        found: dict[tuple[str, str], list[Table]] = {}
+        for curve in times.curves_ if times is not None else ():
+            if curve.borrowed and curve.bytes[0] > 0:  # wholly another device's
+                continue
+            size, seconds = np.array([pair for pair in zip(curve.bytes, curve.seconds, strict=True) if pair[0]]).T
+            dims = {"message_bytes": size, "ranks": np.full(len(size), float(curve.ranks))}
+            table = curve, OpArrays(curve.kind, dims, "bf16", curve.variant), seconds
+            found.setdefault((curve.kind, curve.variant), []).append(table)
+        if times is not None:
+            yield hardware, times, found
+
+
+def alike(errors: list[FloatArray]) -> float:
+    """Return the root mean square, each table weighted alike."""
+    return float(np.sqrt(np.mean([np.mean(each**2) for each in errors])))
+
+
+def test_the_error_of_a_data_sheets_collectives_is_that_of_the_measured_ones() -> None:
+    errors: dict[bool, list[FloatArray]] = {True: [], False: []}
+    for hardware, _, found in packaged():
+        sheet = Roofline(hardware)
+        for (kind, _variant), tables in found.items():
+            logs = [np.log(seconds / sheet.seconds_many(asked)) for _, asked, seconds in tables]
+            errors[kind in NCCL_KINDS].append(np.concatenate(logs))
+    assert [(len(each), sum(map(len, each))) for each in errors.values()] == [(28, 380), (22, 280)]
+    assert alike(errors[False]) == pytest.approx(SHEET_SPREAD, abs=0.005)
+    assert alike(errors[True]) == pytest.approx(NCCL_SHEET_SPREAD, abs=0.005)
+    medians = [float(np.exp(np.median([np.median(each) for each in errors[key]]))) for key in (False, True)]
+    assert medians == pytest.approx([1.15, 1.29], abs=0.005)  # as the notes say
+
+
+def test_the_error_beyond_the_measured_ranks_is_that_of_tables_left_out() -> None:
+    errors = []
+    for hardware, times, found in packaged():
+        for (kind, _variant), tables in found.items():
+            for kept in range(1, len(tables)):
+                if kind in NCCL_KINDS or tables[kept - 1][0].ranks < 16:
+                    continue
+                fewer = CollectiveTimes(hardware, [curve for curve, _, _ in tables[:kept]], times.reference)
+                errors += [np.log(seconds / fewer.seconds_many(asked)) for _, asked, seconds in tables[kept:]]
+    assert len(errors) == 56
+    assert alike(errors) == pytest.approx(EXTRAPOLATED_SPREAD, abs=0.005)
+
+
+def spread_of(hardware: str, ranks: int, changes: dict[str, str] | None = None) -> float:
+    """Return the standard deviation of log(draw / fit) of a decode step's dispatch."""
+    times = OpTimes.from_hardware(
+        scenario("longcat-flash-h800-decode", {"hardware": hardware, **(changes or {})}).hardware
+    )
+    asked = op("dispatch", variant="low_latency", message_bytes=96 * 8 * 7392, ranks=ranks)
+    return float(np.std([np.log(times.draw(i).seconds(asked) / times.seconds(asked)) for i in range(200)]))
+
+
+def test_an_exchange_that_was_not_measured_has_a_wider_interval() -> None:
+    measured, beyond = spread_of("h800-sxm", 128), spread_of("mi355x", 128)
+    assert measured < 0.12
+    assert beyond == pytest.approx(EXTRAPOLATED_SPREAD, rel=0.2)
+    assert spread_of("mi355x", 32) < 0.12
+    for sheet in ("b200-sxm", "tpu-v7"):  # with collectives of other kinds, and without any
+        assert spread_of(sheet, 128) == pytest.approx(SHEET_SPREAD, rel=0.15)
+    # a link that is an octave faster than the measured one counts as beyond, a tenth faster a seventh of that
+    assert spread_of("h800-sxm", 128, {"hardware.scale_out.bandwidth": "100 GB/s"}) > 0.25
+    assert spread_of("h800-sxm", 128, {"hardware.scale_out.bandwidth": "55 GB/s"}) < 0.14
+
+
+def test_dispatch_and_combine_of_a_data_sheet_miss_together() -> None:
+    times = OpTimes.from_hardware(load_hardware("tpu-v7"))
+    asked = [op(kind, variant="low_latency", message_bytes=1e7, ranks=128) for kind in ("dispatch", "combine")]
+    ratios = [[times.draw(i).seconds(each) / times.seconds(each) for each in asked] for i in range(8)]
+    assert all(first == pytest.approx(second) for first, second in ratios)
+
+
+@pytest.mark.parametrize(("hardware", "says"), [("b200-sxm", "data sheet"), ("mi355x", "beyond the ranks")])
+def test_the_notes_name_the_exchange_that_was_not_measured(hardware: str, says: str) -> None:
+    found = simulate(scenario("longcat-flash-h800-decode", {"hardware": hardware, "draws": 1}))
+    exchange = next(note for note in found.notes if note.startswith("combine low_latency, dispatch low_latency"))
+    assert says in exchange

@@ -1,0 +1,115 @@
+"""Sections of ``validate``: which profile they take, what restricts them, and what a damaged profile does to them."""
+
+import base64
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from longcat_sim.calibration import OpTimes
+from longcat_sim.errors import MeasurementError, SpecError
+from longcat_sim.ops.op import op
+from longcat_sim.profiling.profile import Profiled
+from longcat_sim.records.measurement import Environment, Measurement
+from longcat_sim.specs.hardware import LOCAL, load_hardware
+from longcat_sim.studies.validate import ops, own_step, transfer
+from longcat_sim.studies.validate.sections import run_sections
+
+PACKAGED = Path(__file__).parents[2] / "hardware_profiles"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # profiles of the working folder go first
+    (tmp_path / "hardware_profiles").mkdir()
+    return tmp_path / "hardware_profiles"
+
+
+def write(folder: Path, name: str, **fit: Any) -> None:
+    """Write a profile whose fit is that of a packaged one, changed."""
+    document = yaml.safe_load((PACKAGED / "mi300x.yaml").read_text(encoding="utf-8"))
+    document |= {"name": name, "fit": {**document["fit"], **fit}}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+
+
+def test_own_step_takes_the_newest_fit_of_this_machine_whatever_its_name(folder: Path) -> None:
+    assert own_step.fit_of("EPYC 9") == (None, [])
+    write(folder, "first", measured_on="EPYC 9", date="2026-11-01T00:00:00+00:00")
+    write(folder, "other", measured_on="EPYC 8", date="2026-11-09T00:00:00+00:00")
+    times, notes = own_step.fit_of("EPYC 9")
+    assert times is not None
+    assert (times.hardware.name, notes) == ("first", ["predicted by the fit of first"])
+    write(folder, "my-epyc", measured_on="EPYC 9", date="2026-11-02T00:00:00+00:00")
+    write(folder, "newest", measured_on="EPYC 9", date="2026-11-03T00:00:00+00:00", schema=1)
+    (folder / "broken.yaml").write_text("schema: 7\n")
+    times, notes = own_step.fit_of("EPYC 9")
+    assert times is not None
+    assert times.hardware.name == "my-epyc"
+    assert "newest: fit: schema: expected" in notes[0]  # of another version: said, and the next one taken
+    assert notes[1] == "predicted by the fit of my-epyc, the newest of first, my-epyc, newest"
+
+
+def test_own_step_without_a_fit_names_both_ways(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_step, "fit_of", lambda device: (None, []))
+    skipped = own_step.run().skipped
+    assert "`quickstart`" in skipped
+    assert "`calibrate m.jsonl --name mine`" in skipped
+
+
+def test_op_times_of_one_profile_alone() -> None:
+    (section,) = run_sections(["ops"], hardware=["h800-sxm"])
+    rows = [row.quantity for row in section.rows]
+    assert any(each.startswith("h800-sxm gemm fp8") for each in rows)
+    assert all(each.startswith(("h800-sxm ", "gpu tables")) for each in rows)
+    assert ops.run(["tpu-v7"]).skipped == "no fit in tpu-v7"
+    assert transfer.run(["tpu-v7"]).skipped
+
+
+def test_a_profile_of_another_schema_is_a_note_and_the_rest_is_printed(folder: Path) -> None:
+    (folder / "old.yaml").write_text("schema: 7\nname: old\ndatasheet: {}\n")
+    section = ops.run(["h800-sxm", "old"])
+    assert section.rows
+    assert any("old.yaml:1: schema: expected 1; got 7" in note for note in section.notes)
+    assert "h100-sxm" in transfer.measured_devices()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda law: law["errors"].update(random={"mape": float("nan")}), "nan in errors.random.mape"),
+        (lambda law: law.update(weights=[float("inf")]), "inf in weights"),
+        (lambda law: law.update(measured=law["measured"][:-8]), "a packed grid that is cut short"),
+        (lambda law: law.update(correction=base64.b64encode(zlib.compress(b"x")).decode()), "cannot reshape"),
+        (lambda law: law.pop("sizes"), "no 'sizes'"),
+    ],
+)
+def test_a_damaged_law_is_refused_by_name(folder: Path, damage: Any, says: str) -> None:
+    laws = yaml.safe_load((PACKAGED / "h800-sxm.yaml").read_text(encoding="utf-8"))["fit"]["laws"]
+    damage(laws[0])
+    write(folder, "mine", laws=laws[:2])
+    with pytest.raises(MeasurementError, match=r"write the fit again with `calibrate`$") as caught:
+        OpTimes.from_hardware(load_hardware("mine"))
+    (fault,) = caught.value.faults
+    assert f"hardware mine: fit: laws: {laws[0]['kind']} {laws[0]['dtype']}" in fault
+    assert says in fault
+    assert "Error" not in fault
+
+
+def test_this_machine_without_a_profile_is_told_how_to_get_one(folder: Path) -> None:
+    if (PACKAGED / f"{LOCAL}.yaml").exists():
+        pytest.skip("this checkout has one")
+    with pytest.raises(SpecError, match=r"run `quickstart`, or `profile --out m\.jsonl` .* --name cpu-local`"):
+        load_hardware(LOCAL)
+
+
+def test_unstable_points_bring_advice() -> None:
+    def rows(unstable: int) -> list[Measurement]:
+        one = Measurement(op=op("norm", rows=1, width=64), median_s=1e-5, p10_s=9e-6, p90_s=2e-5, count=5)
+        return [replace(one, stable=i >= unstable) for i in range(20)]
+
+    here = Environment(device="X", kind="cpu")
+    assert Profiled(here, rows(2)).advice() == ""
+    assert "Close other programs and profile into a new file" in Profiled(here, rows(3)).advice()
