@@ -103,3 +103,23 @@ def test_an_overload_is_not_told_to_run_longer() -> None:
     assert not any("steady state" in note for note in found.notes)
     assert f"about {found['sustainable_requests_per_s']:.3g} requests/s can be kept up" in str(found)
     assert "says nothing of the SLO" in str(found)
+
+
+def test_a_decode_pool_that_lags_behind_is_an_overload() -> None:
+    """Prefill takes all in, one decode replica does not: 20 /s are fine, and 40 and 60 /s leave the same 27 /s."""
+    rates = []
+    for rate, is_over in ((20, False), (40, True), (60, True)):
+        figures = simulate(
+            scenario(
+                "longcat-flash-h800-serve",
+                {
+                    "draws": 1, "serve.prefill.replicas": 9, "serve.decode.replicas": 1,
+                    "serve.workload.arrivals.rate": f"{rate} /s", "serve.workload.duration": "4 min",
+                    "serve.workload.warm_up": "20 s",
+                },
+            )
+        ).figures  # fmt: skip
+        assert figures["unstable"] is is_over
+        rates += [figures["sustainable_requests_per_s"]] if is_over else []
+    assert rates[0] == pytest.approx(rates[1], rel=0.05)
+    assert 20 < rates[0] < 40

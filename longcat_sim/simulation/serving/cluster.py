@@ -52,6 +52,8 @@ class Cluster:
         self.slowdowns: dict[Replica | None, list[float]] = {}
         """Factors in force, by replica; None: the KV link."""
         self.transfers = 0
+        self.between_pools = 0
+        """Requests that had left prefill and were not decoding when the last one arrived."""
         self.router = serve.router
         self.max_queue = serve.max_queue
         self.max_model_len = serve.scheduler.max_model_len or 1 << 62
@@ -142,6 +144,12 @@ class Cluster:
         request = next(self.requests, None)
         if request is None:
             self.expected -= 1
+            if self.serve.is_disaggregated:
+                self.between_pools = len(self.remote_held) + sum(
+                    len(r.loading) if pool.is_prefill else len(r.waiting)
+                    for pool in self.pools.values()
+                    for r in pool.replicas
+                )
         else:
             self.expected += 1
             self.at(request.arrival, ARRIVAL + max(request.session, 0), lambda _: self._on_arrival(request, True))

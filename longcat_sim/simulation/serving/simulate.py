@@ -57,6 +57,8 @@ class ServingResult:
     duration_s: float
     """From the start to the last event."""
     preemptions: int
+    between_pools: int = 0
+    """Requests that had left prefill and were not decoding yet when the last one arrived."""
     skipped_rows: int = 0
     skipped: tuple[str, ...] = ()
     checks: dict[str, Any] = field(default_factory=dict)
@@ -159,6 +161,7 @@ def simulate_serving(
         pools=_pool_use(cluster),
         duration_s=cluster.end * 1e-9,
         preemptions=cluster.num_preemptions,
+        between_pools=cluster.between_pools,
         spans=cluster.spans,
         start_wall=start_wall,
         interpolation_error=max(getattr(e.step_times, "interpolation_error", 0.0) for e in by_name.values()),
