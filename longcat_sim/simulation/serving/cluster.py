@@ -19,8 +19,9 @@ from longcat_sim.simulation.serving import draws
 from longcat_sim.simulation.serving.clock import ARRIVAL, COMPOSE, FAULT, SCALE, TRANSFER, Call
 from longcat_sim.simulation.serving.kv_cache import Tier
 from longcat_sim.simulation.serving.pools import NS, Engine, KvLink, PoolRun
-from longcat_sim.simulation.serving.replica import DECODE, IDLE, Replica
+from longcat_sim.simulation.serving.replica import IDLE, Replica
 from longcat_sim.simulation.serving.request import COMPLETED, FAILED, REJECTED, Columns, GapHistogram, Request
+from longcat_sim.simulation.serving.slowdowns import Slowdowns
 from longcat_sim.specs.serve import Autoscaler, Fault, Serve
 
 
@@ -49,8 +50,7 @@ class Cluster:
         self.in_flight = 0
         self.expected = 1
         """Requests in flight or yet to arrive, and 1 while the stream may hold more."""
-        self.slowdowns: dict[Replica | None, list[float]] = {}
-        """Factors in force, by replica; None: the KV link."""
+        self.slowdowns = Slowdowns(self)
         self.transfers = 0
         self.between_pools = 0
         """Requests that had left prefill and were not decoding when the last one arrived."""
@@ -246,7 +246,7 @@ class Cluster:
         """
         assert self.link is not None
         size = request.prompt * replica.pool.engine.kv_bytes_per_token
-        factor = max(self.slowdowns.get(None, ()), default=1.0) / self.link.bytes_per_s * 1e9
+        factor = self.slowdowns.of(None) / self.link.bytes_per_s * 1e9
         own = round(size * factor * self.link.ranks)  # over the part of the rank that holds it
         begin = replica.started if self.link.layer_wise else now
         free = self.link_free[replica] = max(self.link_free.get(replica, 0), begin) + round(size * factor)
@@ -348,11 +348,11 @@ class Cluster:
         now: int = self.env._now  # type: ignore[assignment]
         end = None if fault.duration is None else now + round(fault.duration * NS)
         if fault.kind == "link_degradation":
-            self._slow(None, fault.slowdown, end)
+            self.slowdowns.add(None, fault.slowdown, end)
             return
         replica = self.pools[fault.pool].replicas[fault.replica]
         if fault.kind == "slow_rank":
-            self._slow(replica, fault.slowdown, end)
+            self.slowdowns.add(replica, fault.slowdown, end)
             return
         if not replica.is_up:
             return
@@ -367,25 +367,6 @@ class Cluster:
                 self._dispatch(request)
         if end is not None:
             self.at(end, FAULT, lambda _: None if replica.is_up else self._start(replica, True))
-
-    def _slow(self, which: Replica | None, slowdown: float, end: int | None) -> None:
-        """Slow the steps of a replica, or the transfers of the KV link, that start from now on until ``end``."""
-        factors = self.slowdowns.setdefault(which, [])
-
-        def changed() -> None:
-            if which is not None:
-                which.slowdown = max(factors, default=1.0)
-                if which.phase == DECODE:
-                    which.poke(self.env._now)  # type: ignore[arg-type]
-
-        def over(_: Any) -> None:
-            factors.remove(slowdown)
-            changed()
-
-        factors.append(slowdown)
-        changed()
-        if end is not None:
-            self.at(end, FAULT, over)
 
     def _schedule_scaling(self, scaler: Autoscaler) -> None:
         def tick(_: Any) -> None:
