@@ -1,4 +1,4 @@
-"""Slow replicas and a slow KV link: of several slowdowns at once the worst counts, for all wait for the slowest part."""
+"""Slow replicas and a slow KV link: of several slowdowns at once the worst counts; all wait for the slowest."""
 
 from __future__ import annotations
 
