@@ -47,10 +47,21 @@ class Answer:
         Of an edited data sheet it is no more than the edit moves the law: a kernel that waits for memory is as well
         known as before when the peak is twice as high, and one that gains half can lose no more than that.
         """
-        if not self.is_edited:
+        if not self.is_edited or not self.spread:
             return np.full(len(points[0]), self.spread)
-        law = self.law
-        before, after = (
-            law_seconds(law.weights_, points, law.kind, self.dtype, device) for device in (law.reference, self.device)
-        )
-        return np.minimum(self.spread, np.abs(np.log(after / before)))
+        law, before = self.law, self.law.reference
+
+        def seconds(device: Device) -> FloatArray:
+            return law_seconds(law.weights_, points, law.kind, self.dtype, device)
+
+        # one figure at a time: two edits that cancel are no better known than either
+        changed = {name: new for name, new in self.device._asdict().items() if new != getattr(before, name)}
+        with np.errstate(divide="ignore", invalid="ignore"):  # an op of no size takes no time
+            moved = sum(
+                (
+                    np.abs(np.log(seconds(before._replace(**{name: new})) / seconds(before)))
+                    for name, new in changed.items()
+                ),
+                np.zeros(len(points[0])),
+            )
+        return np.minimum(self.spread, np.nan_to_num(moved))

@@ -120,21 +120,25 @@ class AttentionTable:
         tokens = max(tokens, self.alone[0][0])  # between no prefill at all and the smallest lies another kernel
         if not count:
             return _plane(self.alone, tokens, before) - self._saved(tokens, before)
-        counts = sorted(self.beside)
-        j, weight = bracket(counts, max(count, counts[0]))
-        low, total = counts[j], count * kv
+        counts = [0.0, *sorted(self.beside)]
+        j, weight = bracket(counts, count)
+        low, high, total = counts[j], counts[j + 1], count * kv
         time = self._line(low, kv, tokens, before)
-        if weight:
-            high = counts[j + 1]
+        time += (self._line(high, kv, tokens, before) - time) * weight
+        if low and weight < 1:  # beyond the counts nothing says which line is nearer
             same_total = self._line(low, total / low, tokens, before)
             same_total += (self._line(high, total / high, tokens, before) - same_total) * weight
-            time += (self._line(high, kv, tokens, before) - time) * weight
             time = min(time, same_total)
         return time - self._saved(tokens, before)
 
     def _line(self, count: float, kv: float, tokens: float, before: float) -> float:
-        """Return the time beside a measured count of sequences."""
+        """Return the time beside a measured count of sequences, or beside none."""
+        if not count:
+            return _plane(self.alone, tokens, before)
         nodes, by_kv = self.beside[count]
+        # contexts that were measured with chunks of about this size
+        near = [kv for kv in nodes if by_kv[kv][0][0] <= 2 * tokens and tokens <= 2 * by_kv[kv][0][-1]]
+        nodes = near or nodes
         j, weight = bracket(nodes, max(kv, nodes[0]))
         low = _plane(by_kv[nodes[j]], tokens, before)
         return low if not weight else low + (_plane(by_kv[nodes[j + 1]], tokens, before) - low) * weight
@@ -153,7 +157,7 @@ class AttentionTable:
             return 0.0
         least = min(times[0], by_chunk[nodes[0]][1][0])
         prompt = max(2 * (before + chunk / 2), nodes[0])
-        several = least + chunk / prompt * (self.us(prompt, 0.0, 0, 0) - least)
+        several = least + chunk / prompt * (_plane(self.alone, prompt, 0.0) - least)
         return max(times[0] - several, 0.0)
 
 

@@ -251,7 +251,7 @@ class CollectiveTimes:
         The part of the slope that the wire explains is scaled, the rest (copies, protocol) stays.
         """
         seconds = curve.at(size)
-        link = "scale_up" if curve.ranks <= self._domain() else "scale_out"
+        link = self._link(curve.ranks)
         now, then = _links(self.hardware).get(link), self.reference.get(link)
         if now is None or then is None or now == then:
             return seconds
@@ -259,6 +259,10 @@ class CollectiveTimes:
         if link == "scale_out":
             remote = max(0.0, (curve.ranks - self._domain()) / curve.ranks)
         return np.maximum(seconds + remote * size * (1.0 / now - 1.0 / then), curve.floor_s)
+
+    def _link(self, ranks: float) -> str:
+        """Return the link that a collective over so many ranks waits for."""
+        return "scale_up" if ranks <= self._domain() else "scale_out"
 
     def _domain(self) -> int:
         return self.hardware.scale_up.domain_size if self.hardware.scale_up else 1
@@ -367,10 +371,10 @@ class CollectiveTimes:
 
     def _outside(self, kind: str, variant: str, size: FloatArray, ranks: float) -> FloatArray:
         """Return how far sizes [N] are from what was measured: 0 within it, 1 beyond its ranks or twice its bytes, and
-        the octaves by which a link differs, 1 at most."""
-        table, links = self._tables[kind, variant], _links(self.hardware)
-        octaves = max((abs(float(np.log2(links[name] / then))) for name, then in self.reference.items()
-                       if name in links), default=0.0)  # fmt: skip
+        the octaves by which its link differs, 1 at most."""
+        table, link = self._tables[kind, variant], self._link(ranks)
+        now, then = _links(self.hardware).get(link), self.reference.get(link)
+        octaves = abs(float(np.log2(now / then))) if now and then else 0.0
         beyond = (size > 2 * self._near(kind, variant, ranks).bytes[-1]) | (
             not table[0].ranks <= ranks <= table[-1].ranks
         )

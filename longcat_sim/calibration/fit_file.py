@@ -158,10 +158,13 @@ def read_fit(hardware: HardwareSpec) -> tuple[dict[Any, FittedLaw], Any, dict[st
             "write the fit again with this version's `calibrate`"
         )
     laws, faults = [], []
-    for number, document in enumerate(section.get("laws") or (), start=1):
+    listed = section.get("laws") or ()
+    if not isinstance(listed, list | tuple):
+        raise MeasurementError(f"{where}: laws: expected a list; got {listed!r}; write the fit again with `calibrate`")
+    for number, document in enumerate(listed, start=1):
         try:
             laws.append(_law(document))
-        except (KeyError, ValueError, TypeError, zlib.error) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, zlib.error) as error:
             names = [document.get(key) for key in ("kind", "dtype", "variant")] if isinstance(document, dict) else []
             faults.append(
                 f"{where}: laws: {' '.join(map(str, filter(None, names))) or f'number {number}'}: expected what "
@@ -186,7 +189,7 @@ def read_collectives(hardware: HardwareSpec) -> CollectiveTimes | None:
     try:
         _check_finite({name: section[name] for name in ("reference", "kernel_gap_us", "curves")})
         return CollectiveTimes.from_fit(section, hardware)
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise MeasurementError(
             f"hardware {hardware.name}: fit: collectives: expected what `calibrate` writes; got {_says(error)}; "
             "restore the section"

@@ -313,7 +313,7 @@ class OpTimes:
         spread = transfer_spread(law, same, dtype, variant, other_cores=other_cores, other_maker=other_maker)
         carried = law.kind != kind or law.dtype != dtype or law.variant not in ("", variant)
         best: Tag = "extrapolated" if carried or spread > 0 else "interpolated" if origin else "measured"
-        edited = lent is None and not carried and bool(law.residuals_)
+        edited = lent is None and not (carried or law.transferred_from) and bool(law.residuals_)
         return Answer(law, law.table(device, dtype), device, dtype, best, reduce, spread, origin, edited)
 
     def _sheet_seconds(self, op: Op) -> float:

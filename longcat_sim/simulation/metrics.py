@@ -178,8 +178,8 @@ def stability(result: ServingResult) -> tuple[bool, float | None]:
     """Return whether the queue grew without bound while requests came, and the rate that could be kept up.
 
     In the second half of the arrivals, the number waiting for admission must not grow by more than four standard
-    deviations of a Poisson count and 5 % of the half's arrivals. Nor may so many of all wait between prefill and decode
-    pools when the last one arrives. Closed loops cannot overload.
+    deviations of a Poisson count and 5 % of the half's arrivals. Nor may so many of all wait for the decode pool when
+    the last one arrives. Closed loops cannot overload.
 
     The rate is what the fleet completes with a queue that is never empty, whatever the service level, of requests that
     are not refused. It is rough where requests stay longer than the queue lasts.

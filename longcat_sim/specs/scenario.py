@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -187,7 +188,7 @@ def _apply(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
             if not isinstance(node.get(key), (dict, list)):
                 node[key] = {}
             node = node[key] if index is None else node[key][index]
-        node[parts[-1]] = value
+        node[parts[-1]] = deepcopy(value)  # a later path may set something inside it
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from longcat_sim.studies.fleet_figures import (
     fleet_size,
     highest_rate,
     is_met,
-    is_met_for_long,
     simulate_fleet,
     ttft_and_tpot_limits,
 )
@@ -87,18 +87,22 @@ def serving_capacity(
     chosen = list(dict.fromkeys([*ranked[: search.survivors // 2], *front, *ranked]))[: search.survivors]
     began = time.perf_counter()
     rows: list[Survivor] = []
-    while chosen:
+    winner = None
+    while chosen and winner is None:
         cases = [scenario.what_if(screened.changes[i]) for i in chosen]
         points = sweep(cases, simulate_fleet, executor, store=store, progress=progress)
         rows += [Survivor(i, screened.row(i), p.figures, p.faults) for i, p in zip(chosen, points, strict=True)]
-        for row in rows[-len(chosen) :]:
-            _check_for_long(row, scenario)
-        chosen = _cheaper(rows, screened, [i for i in ranked if within[i]], values, scenario)
-    winner = _choose(rows, scenario, executor)
+        _check_for_long(rows[-len(chosen) :], scenario, executor)
+        chosen = _next(rows, screened, ranked, values, scenario)
+        if not chosen:
+            winner = _choose(rows, scenario, executor)
+            chosen = _next(rows, screened, ranked, values, scenario) if winner is None else []
+    if winner is None:
+        raise _none_keeps_it(rows, scenario)
     best = scenario.what_if(screened.changes[winner.at])
     # simulated and over the level, or better than the winner and ruled out by what was: no reason against the winner
     failed = values < values[winner.at]
-    failed[[row.at for row in rows if row.figures is None or not is_met(row.figures, scenario)]] = True
+    failed[[row.at for row in rows if not _keeps(row, scenario)]] = True
     left = _without_spares(best, search.spare_replicas)
     rate = highest_rate(left, executor, stay_s=winner.figure("stay_s", 0.0))
     rate |= _fleet(best, search.spare_replicas)
@@ -115,11 +119,21 @@ def serving_capacity(
         notes.append("search.sequences_per_gpu has no effect under traffic, which makes its own batches")
     if served.workload.sessions is None and served.workload.trace is not None:
         notes.append("screening ignores prefix hits between requests of the trace; the simulation has them")
-    share, said = leans_on(best, Traffic.of(best).decode_context)
+    traffic = Traffic.of(best)
+    share, said = leans_on(
+        best, traffic.decode_context, winner.figure("mean_decode_batch", 1.0), traffic.computed_tokens
+    )
     if share > LEANING:
-        notes += [*said, f"{share:.0%} of the winner's op time was not measured on its hardware: its place may change"]
-    if len(rows) >= MOST_SIMULATED:
-        notes.append(f"{len(rows)} fleets were simulated, the most that are: a cheaper one may keep the level too")
+        notes += [
+            *said,
+            f"{share:.0%} of the winner's op time was not measured on its hardware at its sizes: its place may change",
+        ]
+    unseen = len({int(i) for i in np.flatnonzero(within & (values < values[winner.at]))} - {row.at for row in rows})
+    if unseen:
+        notes.append(
+            f"{unseen} cheaper fleets were not simulated: no larger than one of the same deployments that missed the "
+            "level, screened as slower than one, or beyond the runs of a search; more survivors simulate more"
+        )
     if scenario.draws == 1:
         notes.append("draws: 1 is a point estimate, without intervals or a probability; --set draws=16 gives both")
     reasons = _why(screened, winner, scenario, within & ~failed)
@@ -185,72 +199,110 @@ def _binding(scenario: Scenario, rate: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _check_for_long(row: Survivor, scenario: Scenario) -> None:
-    """Take a fleet that keeps its level in a short run for one whose queue grows, if it does not in a long one."""
-    if row.figures is not None and is_met(row.figures, scenario):
-        fleet = scenario.what_if(row.screened["changes"])
-        row.figures = {**row.figures, "unstable": not is_met_for_long(fleet, row.figures["stay_s"])}
+def _check_for_long(rows: list[Survivor], scenario: Scenario, executor: Executor | None) -> None:
+    """Give the fleets that keep their level in a short run the figures of a long one."""
+    kept = [row for row in rows if row.figures is not None and is_met(row.figures, scenario)]
+    fleets = [scenario.what_if(row.screened["changes"]) for row in kept]
+    one = partial(simulate_fleet, is_long=True)
+    for row, figures in zip(kept, executor.map(one, fleets) if executor is not None else map(one, fleets), strict=True):
+        row.figures = figures
 
 
-def _cheaper(
+def _next(
     rows: list[Survivor], screened: ScreenedFleets, ranked: list[int], values: Any, scenario: Scenario
 ) -> list[int]:
-    """Return the next fleets to simulate: better than the best so far, and screened as faster than those that failed.
+    """Return the next fleets to simulate, none when the search is over.
 
-    Without them the best of the survivors would be the answer, though the fluid model only ranks: the cheapest may
-    fail, and the points of the front that do not are dear.
+    Those that are better than the best so far and screened as faster than those that failed, the best first: the fluid
+    model only ranks, and without them the answer would be the best of the survivors. Where nothing keeps the level yet
+    and none of these is left, or the runs are nearly used up, the fastest of all that are no smaller than one that
+    failed.
     """
-    kept = [values[row.at] for row in rows if row.figures is not None and is_met(row.figures, scenario)]
-    best = min(kept, default=np.inf)
-    limits = dict.fromkeys(("ttft_s", "tpot_s", "load"), np.inf)
-    for row in rows:
-        if row.figures is None or is_met(row.figures, scenario):
-            continue
-        late = {f"{name}_s": row.figures[f"missed_{name}"] for name in ("ttft", "tpot")}
-        broken = "load" if row.figures["unstable"] or not any(late.values()) else max(late, key=lambda name: late[name])
-        limits[broken] = min(limits[broken], row.screened[broken])
+    room = MOST_SIMULATED - len(rows)
+    kept = [values[row.at] for row in rows if _keeps(row, scenario)]
+    failed = [row for row in rows if row.figures is not None and not _keeps(row, scenario)]
+    columns = screened.columns
+    output = Traffic.of(scenario).output_tokens
+    times = {"ttft": columns["ttft_s"], "tpot": columns["tpot_s"], "load": columns["load"]}
+    times["e2e"] = columns["ttft_s"] + output * columns["tpot_s"]
+    likely = np.ones(len(values), dtype=bool)
+    for row in failed:
+        if is_met(row.figures or {}, scenario):
+            continue  # it lacks the probability only
+        late = {name: (row.figures or {})[f"missed_{name}"] for name in ("ttft", "tpot", "e2e")}
+        is_slow = max(late.values()) > 0 and not (row.figures or {})["unstable"]
+        broken = times[max(late, key=lambda name: late[name]) if is_slow else "load"]
+        likely &= broken < broken[row.at]
     done = {row.at for row in rows}
-    left = [
+    parts = [_parts(changes) for changes in screened.changes]
+    open_ = [
         i
         for i in ranked
         if i not in done
-        and values[i] < best
-        and all(screened.columns[name][i] < limit for name, limit in limits.items())
+        and values[i] < min(kept, default=np.inf)
+        and not any(_is_no_larger(parts[i], parts[row.at]) for row in failed)
     ]
-    return left[: min(MORE, MOST_SIMULATED - len(rows))]
+    chosen = [i for i in open_ if likely[i]]
+    if not kept and (not chosen or room <= 3 * MORE):
+        limits = {"ttft": ttft_and_tpot_limits(scenario)[0], "tpot": ttft_and_tpot_limits(scenario)[1], "load": 1.0}
+        over = np.max([times[name] / limit for name, limit in limits.items() if limit], axis=0)
+        chosen = sorted(open_, key=lambda i: over[i])
+    return chosen[: max(0, min(MORE, room))]
 
 
-def _choose(rows: list[Survivor], scenario: Scenario, executor: Executor | None) -> Survivor:
-    """Return the best simulated fleet that keeps the level with the probability asked for, assessed over all draws."""
+def _parts(changes: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:
+    """Return a fleet's deployments, and the replicas of each."""
+    counts = {path: value for path, value in changes.items() if path.endswith("replicas")}
+    rest = {path: value for path, value in changes.items() if path not in counts}
+    return repr(sorted(rest.items(), key=lambda item: item[0])), tuple(counts[path] for path in sorted(counts))
+
+
+def _is_no_larger(one: tuple[str, tuple[int, ...]], other: tuple[str, tuple[int, ...]]) -> bool:
+    """Whether a fleet is of the same deployments as another, with no more replicas of any."""
+    return one[0] == other[0] and all(a <= b for a, b in zip(one[1], other[1], strict=True))
+
+
+def _keeps(row: Survivor, scenario: Scenario) -> bool:
+    """Whether a simulated fleet keeps the level, and with the probability asked for where that was assessed."""
+    if row.figures is None or not is_met(row.figures, scenario):
+        return False
+    chance = row.figures.get("probability")
+    return chance is None or chance >= search_of(scenario).probability
+
+
+def _choose(rows: list[Survivor], scenario: Scenario, executor: Executor | None) -> Survivor | None:
+    """Return the best simulated fleet that keeps the level with the probability asked for, assessed over all draws;
+    None where none does."""
+    objective, sense = objective_of(scenario)
+    kept = sorted((row for row in rows if _keeps(row, scenario)), key=lambda row: row.figure(objective) * sense)
+    assessed = sum("probability" in (row.figures or {}) for row in rows)
+    for row in kept[: max(0, MOST_ASSESSED - assessed)]:
+        row.figures = assess_fleet(scenario.what_if(row.screened["changes"]), executor)
+        if _keeps(row, scenario):
+            return row
+    return None
+
+
+def _none_keeps_it(rows: list[Survivor], scenario: Scenario) -> CapacityError:
+    """Return the error of a search in which no simulated fleet keeps the level; says the closest."""
     search = search_of(scenario)
     good = [row for row in rows if row.figures is not None]
     if not good:
-        raise CapacityError(list(dict.fromkeys(fault for row in rows for fault in row.faults))[:10])
-    objective, sense = objective_of(scenario)
-    ranked = sorted(good, key=lambda row: row.figure(objective) * sense)
-    kept = [row for row in ranked if is_met(row.figures or {}, scenario)]
-    best: tuple[float, Survivor] | None = None
-    for row in kept[:MOST_ASSESSED]:
-        assessed = assess_fleet(scenario.what_if(row.screened["changes"]), executor)
-        row.figures = {**(row.figures or {}), **assessed}
-        chance = assessed["probability"]
-        if chance is None or chance >= search.probability:
-            return row
-        if best is None or chance > best[0]:
-            best = (chance, row)
-    most = max(good, key=lambda row: (row.figures or {})["attained"]) if best is None else best[1]
+        return CapacityError(list(dict.fromkeys(fault for row in rows for fault in row.faults))[:10])
+    most = max(good, key=lambda row: (row.figure("probability", -1.0), row.figure("attained")))
     got = most.figures or {}
     late = {name: got[f"missed_{name}"] for name in ("ttft", "tpot", "e2e")}
     worst = max(late, key=lambda name: late[name])
     fails = f"{late[worst]:.0%} of a class exceed its {worst.upper()}" if late[worst] else "the queue grows"
-    raise CapacityError(
+    chance = got.get("probability")
+    return CapacityError(
         f"{scenario.where}: serve.slo: expected a fleet of at most {search.max_gpus} GPUs that serves "
         f"{search.attainment:.0%} of the requests of each class within its level, with probability "
         f"{search.probability}; the closest of {len(good)} simulated is {most.screened['deployment']}: "
         f"{got['attained']:.1%} within it ({fails}), p99 of TTFT {got['ttft_p99_s']:.3g} s, of TPOT "
         f"{got['tpot_p99_s'] * 1e3:.4g} ms"
-        + (f", kept with probability {best[0]:.2f}" if best else "")
-        + "; loosen the level, allow more GPUs, or search other deployments"
+        + (f", kept with probability {chance:.2f}" if chance is not None else "")
+        + "; loosen the level, allow more GPUs, simulate more (search.survivors), or search other deployments"
     )
 
 

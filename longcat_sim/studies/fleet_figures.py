@@ -19,7 +19,7 @@ from longcat_sim.simulation.serving.simulate import ServingResult
 from longcat_sim.specs.base import ParsedFloat
 from longcat_sim.specs.scenario import Scenario
 from longcat_sim.studies.engines import pools_of
-from longcat_sim.studies.served import serve_once
+from longcat_sim.studies.served import mean_decode_batch, serve_once
 
 MOST_REQUESTS = 4000
 """Requests that one candidate serves, where a steady state does not take more: enough for a 99th percentile."""
@@ -48,13 +48,13 @@ def fleet_size(scenario: Scenario, pool: str) -> int:
     return one.replicas if one is not None else serve.replicas
 
 
-def _length(scenario: Scenario, most_requests: int, stay_s: float) -> Scenario:
+def _length(scenario: Scenario, most_requests: int, stay_s: float, is_long: bool) -> Scenario:
     """Return the scenario with as much of its traffic as one run needs.
 
     A fleet is judged when it holds as many requests as it will hold for ever: synthetic traffic lasts ``FILL`` mean
     stays to fill it, which are not counted, and ``WINDOW`` more. Until a stay is known (0), and of a trace, it is the
-    first ``most_requests``, of which an eighth or more are to warm up, and a quarter at most. ``LONG_REQUESTS`` are as
-    many, whatever was asked for.
+    first ``most_requests``, of which an eighth or more are to warm up, and a quarter at most. A long run has
+    ``LONG_REQUESTS`` of synthetic traffic, whatever was asked for.
     """
     serve = scenario.serve
     assert serve is not None
@@ -63,8 +63,8 @@ def _length(scenario: Scenario, most_requests: int, stay_s: float) -> Scenario:
     if asked is None and rate is not None and workload.duration is not None and not workload.sessions:
         asked = int(rate * workload.duration) + 1
     requests = min(asked or most_requests, most_requests)
-    if most_requests == LONG_REQUESTS and rate is not None:
-        requests = LONG_REQUESTS
+    if is_long and rate is not None:  # of sessions, each with several requests, as many fewer
+        requests = max(1, round(LONG_REQUESTS * rate / Traffic.of(scenario).requests_per_s))
     if asked == requests and (
         rate is None
         or (not stay_s and workload.warm_up < 0.75 * requests / rate)
@@ -84,7 +84,7 @@ def _length(scenario: Scenario, most_requests: int, stay_s: float) -> Scenario:
 
 
 def _steady_run(
-    scenario: Scenario, draw: int, most_requests: int, stay_s: float, is_priced: bool
+    scenario: Scenario, draw: int, most_requests: int, stay_s: float, is_priced: bool, is_long: bool
 ) -> tuple[ServingResult, dict[str, Any], float]:
     """Return a run that is long enough for its own requests' stay, its figures, and that stay in seconds.
 
@@ -92,7 +92,7 @@ def _steady_run(
     requests stay the longer, the longer the traffic lasts, the queue grows without bound.
     """
     for left in reversed(range(LENGTHENED + 1)):
-        short = _length(scenario, most_requests, stay_s)
+        short = _length(scenario, most_requests, stay_s, is_long)
         run, got = serve_once(short, draw, is_priced=is_priced)
         arrivals, window = run.serve.workload.arrivals, got["window_s"]
         found = max((got[name] or {"mean": 0.0})["mean"] for name in ("e2e_s", "session_s"))
@@ -120,13 +120,16 @@ def simulate_fleet(
     most_requests: int = MOST_REQUESTS,
     is_priced: bool = True,
     stay_s: float = 0.0,
+    is_long: bool = False,
 ) -> dict[str, Any]:
-    """Return the figures of a fleet in the steady state of its traffic, or over the first ``most_requests`` of a trace.
+    """Return the figures of a fleet in the steady state of its traffic, or over the first ``most_requests`` of a trace
+    (``LONG_REQUESTS`` in a long run).
 
     ``draw`` 0 is the fit and the scenario's seed, another a draw of calibration, traffic and model error. ``stay_s`` is
     how long a request stays, where an earlier run told (``stay_s`` of its figures). Prices are as ``simulate`` prints.
     """
-    run, got, stay_s = _steady_run(scenario, draw, most_requests, stay_s, is_priced)
+    most_requests = LONG_REQUESTS if is_long else most_requests
+    run, got, stay_s = _steady_run(scenario, draw, most_requests, stay_s, is_priced, is_long)
     mean = {name: (got[name] or {}) for name in ("ttft_s", "tpot_s", "e2e_s")}
     complete = got["completed"] / max(1, got["requests"])
     tpot = mean["tpot_s"].get("mean")
@@ -139,7 +142,7 @@ def simulate_fleet(
         "completed_ratio": complete, **_missed(run), "unstable": bool(got["unstable"]),
         "num_gpus": float(sum(fleet_size(scenario, name) * part.deployment.num_gpus for name, part in pools.items())),
         "extrapolated": bool(got["extrapolated"]), "preemptions": float(got["preemptions"]),
-        "mean_decode_batch": _decode_batch(run), "stay_s": stay_s, "requests": float(len(run.records)),
+        "mean_decode_batch": mean_decode_batch(run), "stay_s": stay_s, "requests": float(len(run.records)),
     }  # fmt: skip
 
 
@@ -163,32 +166,13 @@ def _missed(run: ServingResult) -> dict[str, float]:
     return missed
 
 
-def _decode_batch(run: ServingResult) -> float:
-    """Return the mean number of sequences that one replica decodes at once, by Little's law over the whole run."""
-    columns = run.records
-    done = columns.numpy("status") == 1
-    arrival = columns.numpy("arrival")[done]
-    if not len(arrival):
-        return 0.0
-    pool = run.pools.get("decode") or run.pools["shared"]
-    decoding = (columns.numpy("last") - columns.numpy("first"))[done].astype(float)
-    span = max(float(arrival.max() - arrival.min()), float(decoding.max()), 1.0)
-    return float(decoding.sum()) / span / pool.num_replicas
-
-
 def is_met(figures: Mapping[str, Any], scenario: Scenario) -> bool:
     """Whether a run kept the service level: enough requests of the worst class within it, and a stable queue."""
     return not figures["unstable"] and figures["attained"] >= search_of(scenario).attainment
 
 
-def is_met_for_long(scenario: Scenario, stay_s: float) -> bool:
-    """Whether a fleet that kept the level in a short run still does in a long one."""
-    figures = simulate_fleet(scenario, most_requests=LONG_REQUESTS, is_priced=False, stay_s=stay_s)
-    return is_met(figures, scenario)
-
-
 def _drawn(scenario: Scenario, stay_s: float, draw: int) -> dict[str, Any]:
-    return simulate_fleet(scenario, draw=draw, stay_s=stay_s)
+    return simulate_fleet(scenario, draw=draw, stay_s=stay_s, is_long=True)
 
 
 def spread_of(
@@ -211,9 +195,9 @@ def spread_of(
 def assess_fleet(scenario: Scenario, executor: Executor | None = None) -> dict[str, Any]:
     """Return a fleet's figures with intervals over the scenario's draws, and the chance of its level.
 
-    With one draw there is a point and neither: ``probability`` is None.
+    All in long runs. With one draw there is a point and neither: ``probability`` is None.
     """
-    figures = simulate_fleet(scenario)
+    figures = simulate_fleet(scenario, is_long=True)
     if scenario.draws == 1:
         return {**figures, "probability": None}
     draws = range(1, scenario.draws + 1)
@@ -224,9 +208,9 @@ def assess_fleet(scenario: Scenario, executor: Executor | None = None) -> dict[s
 
 
 def _rate_in_draw(
-    scenario: Scenario, rtol: float, start: float, stay_s: float, draw: int, requests: int = RATE_REQUESTS
+    scenario: Scenario, rtol: float, start: float, stay_s: float, draw: int, is_long: bool = False
 ) -> Rate:
-    """Return the highest rate in one draw, judged over so many ``requests``; ``start`` is near it."""
+    """Return the highest rate in one draw, judged in short runs or in long ones; ``start`` is near it."""
     serve = scenario.serve
     assert serve is not None
     rate = Traffic.of(scenario).requests_per_s
@@ -237,13 +221,15 @@ def _rate_in_draw(
         key = "serve.workload.time_scale" if is_trace else "serve.workload.arrivals.rate"
         now = serve.workload.time_scale if is_trace else serve.workload.arrivals.rate  # type: ignore[union-attr]
         of = scenario.what_if({key: now * at / rate if is_trace else ParsedFloat(now * at / rate)})  # type: ignore[operator]
-        figures = simulate_fleet(of, draw=draw, most_requests=requests, is_priced=False, stay_s=stay_s)
+        figures = simulate_fleet(
+            of, draw=draw, most_requests=RATE_REQUESTS, is_priced=False, stay_s=stay_s, is_long=is_long
+        )
         kept = is_met(figures, scenario)
         if kept:
             stay_s = figures["stay_s"]
         return {**figures, "is_met": kept}
 
-    return max_rate(run, start, rtol=rtol, factor=RATE_STEP if requests == RATE_REQUESTS else 1 + rtol)
+    return max_rate(run, start, rtol=rtol, factor=RATE_STEP)
 
 
 def highest_rate(
@@ -252,18 +238,22 @@ def highest_rate(
     """Return the highest rate of the scenario's traffic that its fleet serves within the level, its interval over
     draws, and what breaks just above it.
 
-    It is sought in short runs, then in long ones; what draws do to it, in short ones.
+    It is sought in short runs, then in long ones; what draws do to it, in short ones. Of a trace, whose beginning says
+    little of the rest, all runs are long.
 
     Raises:
         CapacityError: no rate keeps it, or the workload has none.
     """
-    short = _rate_in_draw(scenario, rtol, Traffic.of(scenario).requests_per_s, stay_s, 0)
-    stay_s = short.at_rate["stay_s"]
-    found = _rate_in_draw(scenario, rtol, short.requests_per_s, stay_s, 0, LONG_REQUESTS)
-    lasting = found.requests_per_s / short.requests_per_s
+    assert scenario.serve is not None
+    is_trace, own = scenario.serve.workload.trace is not None, Traffic.of(scenario).requests_per_s
+    short = None if is_trace else _rate_in_draw(scenario, rtol, own, stay_s, 0)
+    start, stay_s = (own, stay_s) if short is None else (short.requests_per_s, short.at_rate["stay_s"])
+    found = _rate_in_draw(scenario, rtol, start, stay_s, 0, is_long=True)
+    near = found.requests_per_s if short is None else short.requests_per_s
+    lasting = found.requests_per_s / near
     interval: dict[str, float] = {}
     if scenario.draws > 1:
-        one = partial(_rate_or_none, scenario, 2 * rtol, short.requests_per_s, stay_s)
+        one = partial(_rate_or_none, scenario, 2 * rtol, near, stay_s, is_trace)
         draws = range(1, min(scenario.draws, MOST_RATE_DRAWS) + 1)
         rates = list(executor.map(one, draws) if executor is not None else map(one, draws))
         centre = {"requests_per_s": found.requests_per_s}
@@ -284,16 +274,19 @@ def highest_rate(
     at = found.at_rate
     return {
         "requests_per_s": found.requests_per_s, **interval, "broken_at_requests_per_s": found.above_requests_per_s,
-        "broken_by": broken, "broken_how": said, "attained": at["attained"], "runs": short.runs + found.runs,
+        "broken_by": broken, "broken_how": said, "attained": at["attained"],
+        "runs": found.runs + (short.runs if short else 0),
         "concurrent_users": found.requests_per_s * at["e2e_s"], "mean_decode_batch": at["mean_decode_batch"],
         "preemptions_above": above.get("preemptions", 0.0),
     }  # fmt: skip
 
 
-def _rate_or_none(scenario: Scenario, rtol: float, start: float, stay_s: float, draw: int) -> float | None:
+def _rate_or_none(
+    scenario: Scenario, rtol: float, start: float, stay_s: float, is_long: bool, draw: int
+) -> float | None:
     """Return a draw's highest rate; None where none keeps the level."""
     try:
-        return _rate_in_draw(scenario, rtol, start, stay_s, draw).requests_per_s
+        return _rate_in_draw(scenario, rtol, start, stay_s, draw, is_long).requests_per_s
     except CapacityError:
         return None
 

@@ -9,6 +9,7 @@ from longcat_sim.capacity.op_times import op_times_of
 from longcat_sim.errors import WorkloadError
 from longcat_sim.ops.op import OpTimesLike
 from longcat_sim.simulation.serving.cluster import Engine
+from longcat_sim.simulation.serving.request import COMPLETED
 from longcat_sim.simulation.serving.simulate import ServingResult, simulate_serving
 from longcat_sim.simulation.step import discrepancy_factors
 from longcat_sim.specs.scenario import Scenario
@@ -80,3 +81,16 @@ def serve_once(
         figures["busy_s_by_pool"][name] = replica_s * paid.busy_ratio_by_pool[name]
         figures["idle_s_by_pool"][name] = replica_s * (1 - paid.busy_ratio_by_pool[name])
     return run, figures
+
+
+def mean_decode_batch(run: ServingResult) -> float:
+    """Return the mean number of sequences that one replica decodes at once, by Little's law over the whole run."""
+    columns = run.records
+    done = columns.numpy("status") == COMPLETED
+    arrival = columns.numpy("arrival")[done]
+    if not len(arrival):
+        return 0.0
+    pool = run.pools.get("decode") or run.pools["shared"]
+    decoding = (columns.numpy("last") - columns.numpy("first"))[done].astype(float)
+    span = max(float(arrival.max() - arrival.min()), float(decoding.max()), 1.0)
+    return float(decoding.sum()) / span / pool.num_replicas

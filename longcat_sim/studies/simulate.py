@@ -27,7 +27,7 @@ from longcat_sim.specs.scenario import Scenario
 from longcat_sim.studies.engines import budget_notes, pools_of
 from longcat_sim.studies.fleet_figures import FILL, WINDOW
 from longcat_sim.studies.result import ServeOutcome, StepOutcome
-from longcat_sim.studies.served import serve_once
+from longcat_sim.studies.served import mean_decode_batch, serve_once
 
 TRACE_WINDOW_S = (0.0, 60.0)
 FILLING = 0.2
@@ -159,7 +159,7 @@ def simulate_traffic(
     assert serve is not None
     window = TRACE_WINDOW_S if keep_spans else None
     run, figures = serve_once(scenario, step_by_step=step_by_step, window=window)
-    share, notes = leans_on(scenario, _mean_context(run))
+    share, notes = leans_on(scenario, *_means(run))
     figures["unmeasured_op_time_ratio"] = share
     figures["extrapolated"] = bool(figures["extrapolated"] or share > LEANING)
     intervals = None
@@ -230,20 +230,30 @@ def simulate_traffic(
     return ServeOutcome(scenario, run, figures, intervals, notes)
 
 
-def _mean_context(run: ServingResult) -> float:
-    """Return the mean context of a run's requests in the middle of their answers."""
+def _means(run: ServingResult) -> tuple[float, float, float]:
+    """Return a run's mean context in the middle of an answer, decode batch of a replica, and prompt tokens computed."""
     columns = run.records
     done = columns.numpy("status") == COMPLETED
-    return float((columns.numpy("input")[done] + columns.numpy("output")[done] / 2).mean()) if done.any() else 1024.0
+    if not done.any():
+        return 1024.0, 1.0, 1024.0
+    inputs, outputs, cached = (columns.numpy(name)[done] for name in ("input", "output", "cached"))
+    return float((inputs + outputs / 2).mean()), mean_decode_batch(run), float((inputs - cached).mean())
 
 
-def leans_on(scenario: Scenario, context: float) -> tuple[float, list[str]]:
-    """Return the share of op time that nobody measured, of a decode step of a pool at this context (the largest over
-    pools), and what a reader must know of its op times."""
+def leans_on(scenario: Scenario, context: float, batch: float, prompt: float) -> tuple[float, list[str]]:
+    """Return the share of op time that nobody measured at the sizes and on the device asked for (the largest over
+    pools), and what a reader must know of its op times.
+
+    Of a decode step of ``batch`` sequences of a replica at a mean ``context``; of a prefill pool a mean ``prompt``.
+    """
     assert scenario.serve is not None
     leaning, notes = 0.0, []
-    step = {"phase": "decode", "sequences_per_gpu": 4, "context_tokens": max(1.0, context)}
-    for part in pools_of(scenario, scenario.serve).values():
+    for name, part in pools_of(scenario, scenario.serve).items():
+        budget = scenario.serve.scheduler.max_num_batched_tokens / part.deployment.num_gpus
+        step = {"phase": "prefill", "prompt_tokens": max(1.0, prompt), "tokens_per_gpu": budget}
+        if name != "prefill":
+            each = max(1.0, batch / part.deployment.num_gpus)
+            step = {"phase": "decode", "sequences_per_gpu": each, "context_tokens": max(1.0, context)}
         op_times = op_times_of(part.hardware)
         typical = simulate_step(part.what_if({"step": step, "deployment.overlap": "none"}), op_times, check=False)
         leaning = max(leaning, unmeasured_share(typical.tags))

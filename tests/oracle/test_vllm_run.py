@@ -148,6 +148,37 @@ def test_attention_that_was_left_out_is_interpolated(folder: Path, tmp_path: Pat
     assert np.mean(missed) < most
 
 
+def _written(path: Path, counts: tuple[int, ...], keys: tuple[int, ...] = (0, 1024)) -> AttentionTable:
+    """A profile whose times are linear in chunk and count x KV, with a floor up to 64 sequences."""
+    rows = [(0, 0, n, kv, 2 + n * kv * 1e-3) for n in (1, 8, 64) for kv in (16, 1024, 8192)]
+    for chunk in (16, 512, 2048):
+        for past in keys:
+            rows.append((chunk, past, 0, 0, 2 + chunk * 0.1))
+            rows += [(chunk, past, n, kv, 2 + chunk * 0.1 + n * kv * 1e-3) for n in counts for kv in (16, 1024, 8192)]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us"))
+        writer.writerows(rows)
+    return AttentionTable.read(path)
+
+
+def test_attention_between_and_beyond_few_counts(tmp_path: Path) -> None:
+    for counts in ((8,), (8, 64), (1, 8, 64)):
+        table = _written(tmp_path / "attention.csv", counts)
+        for count in (1, 4, 8, 30, 64, 128, 512):
+            assert table.us(512, 0, count, 1024) == pytest.approx(2 + 51.2 + count * 1.024)
+    # a profile without keys 0 ends where it begins
+    assert _written(tmp_path / "attention.csv", (1, 64), (16, 1024)).us(512, 0, 8, 1024) > 0
+
+
+def test_attention_beyond_the_counts_never_falls(tmp_path: Path) -> None:
+    """Up to 64 sequences take equally long: nothing says that more of them would take less."""
+    table = _written(tmp_path / "attention.csv", (1, 64))
+    table.beside = {n: table.beside[64] for n in (1, 8, 64)}
+    times = [table.us(512, 0, n, 1024) for n in (64, 128, 256, 512)]
+    assert times == sorted(times)
+
+
 def test_capture_sizes_and_collectives() -> None:
     assert capture_sizes(128)[:5] == [1, 2, 4, 8, 16]
     assert capture_sizes(128)[-1] == 256

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -175,6 +178,30 @@ def test_a_search_goes_on_while_something_cheaper_may_keep_the_level(base: Scena
     many = serving_capacity(base.what_if({**tight, "search.survivors": 40}))
     assert few.winner.screened["changes"] == many.winner.screened["changes"]
     assert len(few.survivors) < len(many.survivors)
+
+
+@pytest.mark.slow
+def test_a_level_on_the_whole_answer_is_found(base: Scenario) -> None:
+    """The cheapest fleets miss it, of whatever deployments; one of another, with as much load, keeps it."""
+    slo = {"serve.slo": [{"name": "default", "e2e": "1.6 s"}], "search.max_gpus": 16, "search.survivors": 4}
+    assert serving_capacity(base.what_if(slo)).winner.figure("attained") >= 0.95
+
+
+@pytest.mark.slow
+def test_the_rate_of_a_trace_is_judged_over_the_trace(base: Scenario, tmp_path: Path) -> None:
+    """A trace that is quiet at first: its own rate, which the fleet keeps, is a rate that the search finds."""
+    lines, at = [], 0.0
+    for number in range(6000):
+        at += 1.0 if number < 1500 else 0.1
+        lines.append(json.dumps({"arrival_s": at, "input_tokens": 500, "output_tokens": 200}))
+    path = tmp_path / "ramp.jsonl"
+    path.write_text("\n".join(lines))
+    trace = {"serve.workload": {"trace": str(path), "format": "jsonl"}, "serve.replicas": 2}
+    fleet = base.what_if(trace)
+    assert is_met(simulate_fleet(fleet, is_long=True), fleet)
+    rate = highest_rate(fleet, rtol=0.1)
+    assert rate["attained"] >= 0.95
+    assert rate["requests_per_s"] >= Traffic.of(fleet).requests_per_s
 
 
 @pytest.mark.slow

@@ -125,3 +125,12 @@ def test_hardware_faults(tmp_path: Path, text: str, words: str) -> None:
 def test_a_price_of_an_unknown_device_is_refused() -> None:
     with pytest.raises(SpecError, match=r"hardware_usd_per_gpu_hour.*did you mean 'h800-sxm'"):
         scenario("longcat-flash-h800-decode", {"price.hardware_usd_per_gpu_hour": {"h800": 9}})
+
+
+def test_a_what_if_does_not_change_the_one_it_comes_from() -> None:
+    """A mapping of one change is not the place where the next one writes."""
+    first = scenario("qwen3-32b-h200-serve").what_if({"serve.scheduler": {"max_num_seqs": 64}})
+    digest = first.digest()
+    first.what_if({"serve.scheduler.block_tokens": 32})
+    assert first.digest() == digest
+    assert first.what_if({}).serve.scheduler.block_tokens == 16

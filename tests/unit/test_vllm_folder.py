@@ -258,7 +258,7 @@ def test_a_misspelled_setting_is_named_with_the_likely_one(make: Any) -> None:
     document = json.loads((folder / "meta.json").read_text())
     del document["engine_kwargs"]["max_num_seqs"]
     (folder / "meta.json").write_text(json.dumps(document))
-    assert any("engine_kwargs.max_num_sequences: no effect; is max_num_seqs meant?" in each for each in remarks(folder))
+    assert any("engine_kwargs.max_num_sequences: not used; is max_num_seqs meant?" in each for each in remarks(folder))
 
 
 def test_what_the_engine_resolved_has_the_last_word(make: Any) -> None:
@@ -464,3 +464,8 @@ def test_tokens_found_in_the_cache_are_not_computed_again(make: Any) -> None:
     (cached / "timeseries.csv").write_text(header + "1.0,many,1,1,5\n")
     with pytest.raises(MeasurementError, match=r"timeseries\.csv: expected numbers"):
         RunFolder.read(cached).cached_share()
+
+
+def test_resolved_settings_that_are_no_mapping_are_passed_over(make: Any) -> None:
+    for number, resolved in enumerate(({"hash": 12}, [1], None)):
+        assert remarks(make(f"odd{number}", resolved_config=resolved)) is not None

@@ -53,7 +53,7 @@ class Cluster:
         self.slowdowns = Slowdowns(self)
         self.transfers = 0
         self.between_pools = 0
-        """Requests that had left prefill and were not decoding when the last one arrived."""
+        """Requests that waited for the decode pool when the last one arrived."""
         self.router = serve.router
         self.max_queue = serve.max_queue
         self.max_model_len = serve.scheduler.max_model_len or 1 << 62
@@ -145,11 +145,8 @@ class Cluster:
         if request is None:
             self.expected -= 1
             if self.serve.is_disaggregated:
-                self.between_pools = len(self.remote_held) + sum(
-                    len(r.loading) if pool.is_prefill else len(r.waiting)
-                    for pool in self.pools.values()
-                    for r in pool.replicas
-                )
+                waiting = sum(len(replica.waiting) for replica in self.pools["decode"].replicas)
+                self.between_pools = len(self.remote_held) + waiting
         else:
             self.expected += 1
             self.at(request.arrival, ARRIVAL + max(request.session, 0), lambda _: self._on_arrival(request, True))

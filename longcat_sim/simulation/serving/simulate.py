@@ -58,7 +58,7 @@ class ServingResult:
     """From the start to the last event."""
     preemptions: int
     between_pools: int = 0
-    """Requests that had left prefill and were not decoding yet when the last one arrived."""
+    """Requests that waited for the decode pool when the last one arrived."""
     skipped_rows: int = 0
     skipped: tuple[str, ...] = ()
     checks: dict[str, Any] = field(default_factory=dict)

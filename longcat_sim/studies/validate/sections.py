@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Callable, Sequence
 
 from longcat_sim.errors import SpecError
 from longcat_sim.specs.hardware import hardware_names
-from longcat_sim.specs.loading import unknown_name
 from longcat_sim.studies.validate.section import Section
 
 SECTIONS: dict[str, str] = {
@@ -43,7 +43,9 @@ def run_sections(
         )
     for name in hardware:
         if name not in hardware_names():
-            raise unknown_name("--hardware", name, hardware_names())
+            near = difflib.get_close_matches(name, hardware_names(), n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(hardware_names())}"
+            raise SpecError(f"--hardware: expected the name of a profile, such as h100-sxm; got {name!r}; {remedy}")
     others = [name for name in names if name not in PER_HARDWARE]
     if hardware and others:
         raise SpecError(

@@ -18,7 +18,7 @@ from longcat_sim.calibration.fitted import FittedLaw
 from longcat_sim.calibration.lenders import distance, nearest, serves
 from longcat_sim.calibration.transfer import device_of
 from longcat_sim.capacity.samples import kinds_of
-from longcat_sim.errors import SpecError
+from longcat_sim.errors import SpecError, UserError
 from longcat_sim.ops.op import FloatArray
 from longcat_sim.specs.hardware import load_hardware, readable_hardware
 from longcat_sim.specs.scenario import scenario
@@ -45,7 +45,11 @@ def run(hardware: Sequence[str] = ()) -> Section:
         if hardware and target not in hardware:
             continue
         name = f"{' + '.join(sources)} -> {target}"
-        rows = transfer_errors(sources, target)
+        try:
+            rows = transfer_errors(sources, target)
+        except UserError as error:  # a profile of the user's that another version wrote or fitted
+            section.notes.append(f"{name}: left out: {error.faults[0]}")
+            continue
         for label, errors in rows.items():
             section.rows.append(_row(f"{name}: {label}", [errors], None))
         if rows:

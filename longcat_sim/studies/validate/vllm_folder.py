@@ -154,16 +154,24 @@ class RunFolder:
         folder.warn_of_misspelled()
         return folder
 
+    @cached_property
+    def _resolved(self) -> dict[str, dict[str, Any]]:
+        """Sections of the engine's own report; what is no mapping is none."""
+        sections = self.meta.get("resolved_config")
+        sections = sections if isinstance(sections, dict) else {}
+        return {name: part for name, part in sections.items() if isinstance(part, dict)}
+
     def warn_of_misspelled(self) -> None:
         """Warn of each key of ``engine_kwargs`` that looks like one that is missing there."""
         given = self.meta.get("engine_kwargs") or {}
-        resolved = [key for section in (self.meta.get("resolved_config") or {}).values() for key in section or ()]
+        resolved = [key for part in self._resolved.values() for key in part]
         missing = [key for key in USED if key not in given and key not in resolved]
         for key in given:
             likely = difflib.get_close_matches(key, missing, n=1, cutoff=0.8) if key not in USED else []
             if likely:
                 warnings.warn(
-                    f"{self.path / 'meta.json'}: engine_kwargs.{key}: no effect; is {likely[0]} meant?", stacklevel=3
+                    f"{self.path / 'meta.json'}: engine_kwargs.{key}: not used; is {likely[0]} meant?",
+                    stacklevel=3,
                 )
 
     def default(self, key: str, value: Any) -> Any:
@@ -194,7 +202,7 @@ class RunFolder:
 
     def setting(self, section: str, key: str, default: Any = None) -> Any:
         """Return what the engine resolved, else what it was given, else ``default``."""
-        resolved = ((self.meta.get("resolved_config") or {}).get(section) or {}).get(key)
+        resolved = self._resolved.get(section, {}).get(key)
         if resolved is not None:
             return resolved
         given = (self.meta.get("engine_kwargs") or {}).get(key)
