@@ -200,12 +200,12 @@ def _binding(scenario: Scenario, rate: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_for_long(rows: list[Survivor], scenario: Scenario, executor: Executor | None) -> None:
-    """Give the fleets that keep their level in a short run the figures of a long one."""
+    """Give the fleets that keep their level in a short run the service of a long one."""
     kept = [row for row in rows if row.figures is not None and is_met(row.figures, scenario)]
     fleets = [scenario.what_if(row.screened["changes"]) for row in kept]
-    one = partial(simulate_fleet, is_long=True)
+    one = partial(simulate_fleet, is_long=True, is_priced=False)
     for row, figures in zip(kept, executor.map(one, fleets) if executor is not None else map(one, fleets), strict=True):
-        row.figures = figures
+        row.figures = {**(row.figures or {}), **figures}
 
 
 def _next(

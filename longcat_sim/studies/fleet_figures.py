@@ -171,8 +171,11 @@ def is_met(figures: Mapping[str, Any], scenario: Scenario) -> bool:
     return not figures["unstable"] and figures["attained"] >= search_of(scenario).attainment
 
 
-def _drawn(scenario: Scenario, stay_s: float, draw: int) -> dict[str, Any]:
-    return simulate_fleet(scenario, draw=draw, stay_s=stay_s, is_long=True)
+def _assessed(scenario: Scenario, stay_s: float, draw: int) -> dict[str, Any]:
+    """Return the price of the scenario's own traffic, as ``simulate`` prints it, and the service of a long run."""
+    figures = simulate_fleet(scenario, draw=draw, stay_s=stay_s)
+    lasting = simulate_fleet(scenario, draw=draw, stay_s=figures["stay_s"], is_long=True, is_priced=False)
+    return figures | {name: value for name, value in lasting.items() if not name.startswith("usd_per_million")}
 
 
 def spread_of(
@@ -195,13 +198,14 @@ def spread_of(
 def assess_fleet(scenario: Scenario, executor: Executor | None = None) -> dict[str, Any]:
     """Return a fleet's figures with intervals over the scenario's draws, and the chance of its level.
 
-    All in long runs. With one draw there is a point and neither: ``probability`` is None.
+    Service is judged in long runs. With one draw there is a point and neither interval nor chance: ``probability`` is
+    None.
     """
-    figures = simulate_fleet(scenario, is_long=True)
+    figures = _assessed(scenario, 0.0, 0)
     if scenario.draws == 1:
         return {**figures, "probability": None}
     draws = range(1, scenario.draws + 1)
-    one = partial(_drawn, scenario, figures["stay_s"])
+    one = partial(_assessed, scenario, figures["stay_s"])
     rows = list(executor.map(one, draws) if executor is not None else map(one, draws))
     met = sum(is_met(row, scenario) for row in rows)
     return {**figures, **spread_of(figures, rows), "probability": chance_of(met, len(rows))}
