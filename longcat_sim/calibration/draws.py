@@ -63,7 +63,7 @@ class Draw:
         self.index = index
         self._fields: dict[Key, tuple[FloatArray, FloatArray, float, float]] = {}
         self._seconds: dict[Op, float] = {}
-        self._links: Any = parent.links.draw(index)
+        self.links: Any = parent.links.draw(index)
 
     def seconds(self, op: Op) -> float:
         """Return the time of one op in this draw."""
@@ -77,7 +77,7 @@ class Draw:
     def seconds_many(self, ops: OpArrays) -> FloatArray:
         """Return the times of many ops of one kind in this draw [N]."""
         if KINDS[ops.kind].is_collective:
-            return np.asarray(self._links.seconds_many(ops), dtype=float)
+            return np.asarray(self.links.seconds_many(ops), dtype=float)
         base = self.parent.seconds_many(ops)
         answer = self.parent.answer((ops.kind, ops.dtype, ops.variant))
         if answer is None:

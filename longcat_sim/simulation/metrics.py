@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from longcat_sim.simulation.serving.request import COMPLETED
+
 if TYPE_CHECKING:
     from longcat_sim.simulation.serving.request import GapHistogram
     from longcat_sim.simulation.serving.simulate import ServingResult
@@ -71,7 +73,7 @@ def serving_metrics(result: ServingResult) -> dict[str, Any]:
     arrival = columns.numpy("arrival")
     counted = arrival >= warm_up
     status = columns.numpy("status")
-    done = counted & (status == 1)
+    done = counted & (status == COMPLETED)
     first, last = columns.numpy("first"), columns.numpy("last")
     inputs, outputs, cached = columns.numpy("input"), columns.numpy("output"), columns.numpy("cached")
     span = done & (outputs > 1)
@@ -132,7 +134,7 @@ def _goodput(result: ServingResult, counted: npt.NDArray[np.bool_], seconds: flo
     served within any level.
     """
     columns = result.records
-    done = counted & (columns.numpy("status") == 1)
+    done = counted & (columns.numpy("status") == COMPLETED)
     arrival, first, last = (columns.numpy(name) for name in ("arrival", "first", "last"))
     outputs, of_class = columns.numpy("output"), columns.numpy("slo_class")
     classes = {}
@@ -187,7 +189,7 @@ def stability(result: ServingResult) -> tuple[bool, float | None]:
     columns = result.records
     arrivals = result.serve.workload.arrivals
     scheduled = columns.numpy("scheduled")
-    refused = (columns.numpy("status") > 1) & (scheduled < 0)  # they never waited for long
+    refused = (columns.numpy("status") != COMPLETED) & (scheduled < 0)  # they never waited for long
     arrival = np.sort(columns.numpy("arrival")[~refused])
     if len(arrival) < 20 or (arrivals is not None and arrivals.process == "closed_loop"):
         return False, None
@@ -202,7 +204,7 @@ def stability(result: ServingResult) -> tuple[bool, float | None]:
         return number > max(0.05 * came, 4 * came**0.5)
 
     if is_growth(result.between_pools, len(arrival)):  # decode lags behind: what it completes is what it can
-        ends = columns.numpy("last")[columns.numpy("status") == 1]
+        ends = columns.numpy("last")[columns.numpy("status") == COMPLETED]
         return True, float(((ends > middle) & (ends <= end)).sum()) / max((end - middle) * 1e-9, 1e-9)
     came = len(arrival) - int(np.searchsorted(arrival, middle, "right"))
     if not is_growth(waiting(end) - waiting(middle), came):
@@ -220,7 +222,7 @@ def _full_rate(result: ServingResult, begin: int, end: int) -> float:
     """
     columns = result.records
     scheduled, first, last, replica = (columns.numpy(name) for name in ("scheduled", "first", "last", "replica"))
-    done = columns.numpy("status") == 1
+    done = columns.numpy("status") == COMPLETED
     gaps = np.maximum(columns.numpy("output") - 1, 0)
     if not done.any():
         return 0.0

@@ -75,11 +75,8 @@ class Program:
 
 
 def links_of(op_times: Any) -> Any:
-    """Return what a fit knows of collectives and of the gap between kernels; None for data sheets."""
-    found = getattr(op_times, "_links", None)  # a draw has its own
-    if found is None:
-        found = getattr(op_times, "collectives_", None)
-    return found
+    """Return what a fit, or a draw of it, knows of collectives and of the gap between kernels; None for data sheets."""
+    return getattr(op_times, "links", None)
 
 
 class Pricer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from concurrent.futures import Executor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from longcat_sim.studies.fleet_figures import (
     fleet_size,
     highest_rate,
     is_met,
+    lasting,
     simulate_fleet,
     ttft_and_tpot_limits,
 )
@@ -38,7 +38,8 @@ FRONT = {"usd_per_million_output_tokens_all_in": 1, "tpot_s": 1, "ttft_s": 1}
 MOST_ASSESSED = 8
 """Leading fleets whose probability is found before the search gives up."""
 MORE, MOST_SIMULATED = 4, 60
-"""Fleets simulated at once beyond the survivors, while a cheaper one than the best may keep the level; and in all."""
+"""Fleets simulated at once beyond the survivors, while a cheaper one than the best may keep the level; and in all.
+Assumed."""
 
 
 def _step_function(scenario: Scenario) -> StepFunction:
@@ -203,9 +204,9 @@ def _check_for_long(rows: list[Survivor], scenario: Scenario, executor: Executor
     """Give the fleets that keep their level in a short run the service of a long one."""
     kept = [row for row in rows if row.figures is not None and is_met(row.figures, scenario)]
     fleets = [scenario.what_if(row.screened["changes"]) for row in kept]
-    one = partial(simulate_fleet, is_long=True, is_priced=False)
-    for row, figures in zip(kept, executor.map(one, fleets) if executor is not None else map(one, fleets), strict=True):
-        row.figures = {**(row.figures or {}), **figures}
+    run = executor.map if executor is not None else map
+    for row, figures in zip(kept, run(lasting, fleets, [row.figures for row in kept]), strict=True):
+        row.figures = figures
 
 
 def _next(
@@ -215,8 +216,8 @@ def _next(
 
     Those that are better than the best so far and screened as faster than those that failed, the best first: the fluid
     model only ranks, and without them the answer would be the best of the survivors. Where nothing keeps the level yet
-    and none of these is left, or the runs are nearly used up, the fastest of all that are no smaller than one that
-    failed.
+    and none of these is left, or the runs are nearly used up, the fastest. Never one of the deployments of one that
+    failed and no larger.
     """
     room = MOST_SIMULATED - len(rows)
     kept = [values[row.at] for row in rows if _keeps(row, scenario)]
@@ -234,14 +235,14 @@ def _next(
         broken = times[max(late, key=lambda name: late[name]) if is_slow else "load"]
         likely &= broken < broken[row.at]
     done = {row.at for row in rows}
-    parts = [_parts(changes) for changes in screened.changes]
-    open_ = [
-        i
-        for i in ranked
-        if i not in done
-        and values[i] < min(kept, default=np.inf)
-        and not any(_is_no_larger(parts[i], parts[row.at]) for row in failed)
-    ]
+    too_small = [_parts(row.screened["changes"]) for row in failed]
+    best = min(kept, default=np.inf)
+    open_ = []
+    for i in ranked:
+        if i not in done and values[i] < best:
+            parts = _parts(screened.changes[i])
+            if not any(_is_no_larger(parts, other) for other in too_small):
+                open_.append(i)
     chosen = [i for i in open_ if likely[i]]
     if not kept and (not chosen or room <= 3 * MORE):
         limits = {"ttft": ttft_and_tpot_limits(scenario)[0], "tpot": ttft_and_tpot_limits(scenario)[1], "load": 1.0}
@@ -277,7 +278,7 @@ def _choose(rows: list[Survivor], scenario: Scenario, executor: Executor | None)
     kept = sorted((row for row in rows if _keeps(row, scenario)), key=lambda row: row.figure(objective) * sense)
     assessed = sum("probability" in (row.figures or {}) for row in rows)
     for row in kept[: max(0, MOST_ASSESSED - assessed)]:
-        row.figures = assess_fleet(scenario.what_if(row.screened["changes"]), executor)
+        row.figures = assess_fleet(scenario.what_if(row.screened["changes"]), executor, known=row.figures)
         if _keeps(row, scenario):
             return row
     return None

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from longcat_sim.capacity.price import Bill, Work, bill
 from longcat_sim.capacity.screen_serving import prompt_turns
 from longcat_sim.simulation.metrics import counted_window_s, stability
+from longcat_sim.simulation.serving.request import COMPLETED
 from longcat_sim.simulation.serving.simulate import PoolUse, ServingResult
 from longcat_sim.studies.engines import StepFunction
 
@@ -44,7 +45,7 @@ def fleet_bill(
     """
     columns, warm_up = run.records, run.serve.workload.warm_up
     arrival = columns.numpy("arrival")
-    done = (columns.numpy("status") == 1) & (arrival >= round(warm_up * 1e9))
+    done = (columns.numpy("status") == COMPLETED) & (arrival >= round(warm_up * 1e9))
     window = counted_window_s(
         arrival[done], columns.numpy("last")[done], warm_up_s=warm_up, is_unstable=stability(run)[0]
     )
@@ -110,7 +111,7 @@ def _work(
 def _share_within(pool: PoolUse, run: ServingResult, window: tuple[float, float]) -> float:
     """Return the share of a pool's busy seconds that lies in the window: a replica is busy while it has requests."""
     columns = run.records
-    done = columns.numpy("status") == 1
+    done = columns.numpy("status") == COMPLETED
     names = {"prefill": ("replica", "scheduled", "first"), "decode": ("decode_replica", "first", "last")}
     of, begin, end = (columns.numpy(name)[done] for name in names.get(pool.name, ("replica", "scheduled", "last")))
     low, high = (round(edge * 1e9) for edge in window)

@@ -15,6 +15,7 @@ from longcat_sim.capacity.fleet import Rate, max_rate
 from longcat_sim.capacity.traffic import Traffic
 from longcat_sim.capacity.uncertainty import chance_of
 from longcat_sim.errors import CapacityError
+from longcat_sim.simulation.serving.request import COMPLETED
 from longcat_sim.simulation.serving.simulate import ServingResult
 from longcat_sim.specs.base import ParsedFloat
 from longcat_sim.specs.scenario import Scenario
@@ -29,8 +30,8 @@ LENGTHENED = 4
 """Times that traffic is lengthened before its fleet is taken for one whose queue grows."""
 RATE_REQUESTS = 2000
 LONG_REQUESTS = 16_000
-"""Requests in which a verdict must still hold. Near its highest rate a queue fills for far longer than a request stays:
-at a rate of which 2,000 requests were served well, 57 % of 40,000 were late."""
+"""Requests in which a verdict must still hold: near its highest rate a queue fills for far longer than a request stays,
+and 2,000 see little of it (``test_headroom_lasts``). Assumed."""
 MOST_RATE_DRAWS = 8
 """Draws in which the highest rate is sought anew: each takes about five runs."""
 RATE_STEP = 1.25
@@ -151,7 +152,7 @@ def _missed(run: ServingResult) -> dict[str, float]:
     columns = run.records
     arrival, first, last = (columns.numpy(name) for name in ("arrival", "first", "last"))
     outputs, of_class = columns.numpy("output"), columns.numpy("slo_class")
-    done = (columns.numpy("status") == 1) & (arrival >= round(run.serve.workload.warm_up * 1e9))
+    done = (columns.numpy("status") == COMPLETED) & (arrival >= round(run.serve.workload.warm_up * 1e9))
     missed = {"missed_ttft": 0.0, "missed_tpot": 0.0, "missed_e2e": 0.0}
     for at, level in enumerate(run.serve.slo):
         mine = done & (of_class == at)
@@ -171,11 +172,16 @@ def is_met(figures: Mapping[str, Any], scenario: Scenario) -> bool:
     return not figures["unstable"] and figures["attained"] >= search_of(scenario).attainment
 
 
-def _assessed(scenario: Scenario, stay_s: float, draw: int) -> dict[str, Any]:
-    """Return the price of the scenario's own traffic, as ``simulate`` prints it, and the service of a long run."""
-    figures = simulate_fleet(scenario, draw=draw, stay_s=stay_s)
-    lasting = simulate_fleet(scenario, draw=draw, stay_s=figures["stay_s"], is_long=True, is_priced=False)
-    return figures | {name: value for name, value in lasting.items() if not name.startswith("usd_per_million")}
+def lasting(scenario: Scenario, figures: Mapping[str, Any], draw: int = 0) -> dict[str, Any]:
+    """Return the figures of a short run, priced as ``simulate`` prints them, with the service of a long one."""
+    return {
+        **figures,
+        **simulate_fleet(scenario, draw=draw, stay_s=figures["stay_s"], is_long=True, is_priced=False),
+    }
+
+
+def _drawn(scenario: Scenario, stay_s: float, draw: int) -> dict[str, Any]:
+    return lasting(scenario, simulate_fleet(scenario, draw=draw, stay_s=stay_s), draw)
 
 
 def spread_of(
@@ -195,17 +201,19 @@ def spread_of(
     return figures
 
 
-def assess_fleet(scenario: Scenario, executor: Executor | None = None) -> dict[str, Any]:
+def assess_fleet(
+    scenario: Scenario, executor: Executor | None = None, *, known: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return a fleet's figures with intervals over the scenario's draws, and the chance of its level.
 
-    Service is judged in long runs. With one draw there is a point and neither interval nor chance: ``probability`` is
-    None.
+    Service is judged in long runs; ``known`` are the ``lasting`` figures of draw 0, if a search has them. With one draw
+    there is a point and neither interval nor chance: ``probability`` is None.
     """
-    figures = _assessed(scenario, 0.0, 0)
+    figures = dict(known) if known is not None else lasting(scenario, simulate_fleet(scenario))
     if scenario.draws == 1:
         return {**figures, "probability": None}
     draws = range(1, scenario.draws + 1)
-    one = partial(_assessed, scenario, figures["stay_s"])
+    one = partial(_drawn, scenario, figures["stay_s"])
     rows = list(executor.map(one, draws) if executor is not None else map(one, draws))
     met = sum(is_met(row, scenario) for row in rows)
     return {**figures, **spread_of(figures, rows), "probability": chance_of(met, len(rows))}

@@ -151,8 +151,8 @@ def simulate_traffic(
     """Return the scenario's traffic served once, and once more per draw of calibration and traffic for intervals.
 
     Times can be extrapolated in two ways. ``extrapolated_step_ratio`` is the share of the run's steps beyond the grid
-    of step times (batch, context or prefill tokens); ``unmeasured_op_time_ratio`` the share of a typical decode step's
-    op time (of the worst pool) beyond what was measured. ``extrapolated``: the first is above 0, or the second above
+    of step times (batch, context or prefill tokens); ``unmeasured_op_time_ratio`` the share of a typical step's op
+    time (of the worst pool) beyond what was measured. ``extrapolated``: the first is above 0, or the second above
     ``LEANING``.
     """
     serve = scenario.serve
@@ -220,7 +220,7 @@ def simulate_traffic(
     if figures["extrapolated"]:
         notes.append(
             f"extrapolated: {100 * figures['extrapolated_step_ratio']:.3g}% of the steps are larger than any that was "
-            f"evaluated, and {100 * figures['unmeasured_op_time_ratio']:.3g}% of a typical decode step's op time is "
+            f"evaluated, and {100 * figures['unmeasured_op_time_ratio']:.3g}% of a typical step's op time is "
             "beyond what was measured or from a data sheet"
         )
     if scenario.draws < 2:

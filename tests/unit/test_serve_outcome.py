@@ -90,7 +90,7 @@ def test_the_note_on_extrapolation_agrees_with_the_figures() -> None:
         assert bool(notes) == found["extrapolated"]
         if notes:
             assert f"{100 * found['extrapolated_step_ratio']:.3g}% of the steps" in notes[0]
-            assert f"{100 * leaning:.3g}% of a typical decode step's op time" in notes[0]
+            assert f"{100 * leaning:.3g}% of a typical step's op time" in notes[0]
 
 
 def test_an_overload_is_not_told_to_run_longer() -> None:

@@ -20,7 +20,7 @@ from longcat_sim.calibration.engine_times import EngineTimes
 from longcat_sim.calibration.layer_profile import LayerProfile
 from longcat_sim.errors import MeasurementError
 from longcat_sim.simulation.serving.cluster import Engine
-from longcat_sim.simulation.serving.request import Request
+from longcat_sim.simulation.serving.request import COMPLETED, Request
 from longcat_sim.simulation.serving.simulate import ServingResult, simulate_serving
 from longcat_sim.specs.model import ModelSpec
 from longcat_sim.specs.serve import Serve
@@ -129,8 +129,8 @@ def run(directory: Path) -> dict[str, Any]:
     columns = result.records
     first, last, arrival = (columns.numpy(name) * 1e-9 for name in ("first", "last", "arrival"))
     tokens = columns.numpy("output")
-    many = (tokens > 1) & (columns.numpy("status") == 1)
-    done = columns.numpy("status") == 1
+    many = (tokens > 1) & (columns.numpy("status") == COMPLETED)
+    done = columns.numpy("status") == COMPLETED
     predicted = {
         "ttft_s": (first - arrival)[done],
         "tpot_s": (last - first)[many] / (tokens[many] - 1),
