@@ -205,7 +205,7 @@ def _check_for_long(rows: list[Survivor], scenario: Scenario, executor: Executor
     kept = [row for row in rows if row.figures is not None and is_met(row.figures, scenario)]
     fleets = [scenario.what_if(row.screened["changes"]) for row in kept]
     run = executor.map if executor is not None else map
-    for row, figures in zip(kept, run(lasting, fleets, [row.figures for row in kept]), strict=True):
+    for row, figures in zip(kept, run(lasting, fleets, [row.figures or {} for row in kept]), strict=True):
         row.figures = figures
 
 
