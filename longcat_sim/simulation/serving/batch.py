@@ -383,9 +383,9 @@ class Batch:
             request.segment += 1
         self._extend(request, in_kv)
 
-    def _grow(self, steps: int) -> None:
-        """Move the sums on by ``steps`` decode steps."""
-        self.total_context = self._total_after(steps)
+    def _grow(self, steps: int, total_context: int) -> None:
+        """Move the sums on by ``steps`` decode steps, to ``_total_after`` of them."""
+        self.total_context = total_context
         self.step += steps
 
     def _total_after(self, steps: int) -> int:

@@ -238,7 +238,7 @@ class Replica(Batch):
         batch = self.batch
         if batch:
             cluster.gaps.add(duration, batch)
-            self._grow(1)
+            self._grow(1, self._total_after(1))
         if cluster.spans is not None:
             cluster.log_span(self, "mixed", self.started, now, batch, sum(count for _, count in self.chunks))
         joining = []
@@ -339,11 +339,12 @@ class Replica(Batch):
         else:  # the host hears of the tokens of one decision together
             cluster.gaps.add_run([int(sum(times[at : at + window])) for at in range(0, steps, window)], batch)
             cluster.gaps.zero += batch * (steps - steps // window)
-        if not self.is_detailed:
+        after = self._total_after(steps)
+        if not self.is_detailed and self.times.is_outside(batch, after, 0):
             self.outside_steps += steps_outside(self.times, batch, self._total_after, steps)
         if cluster.spans is not None:
             cluster.log_span(self, "decode", self.started, self.started + duration, batch, 0)
-        self._grow(steps)
+        self._grow(steps, after)
         if self.finishing[0][0] <= self.step:
             self._finish(self.started + duration)
 
