@@ -19,6 +19,7 @@ from longcat_sim.simulation.serving import draws
 from longcat_sim.simulation.serving.clock import ARRIVAL, COMPOSE, FAULT, SCALE, TRANSFER, Call
 from longcat_sim.simulation.serving.kv_cache import Tier
 from longcat_sim.simulation.serving.pools import NS, Engine, KvLink, PoolRun
+from longcat_sim.simulation.serving.published_loads import PublishedLoads
 from longcat_sim.simulation.serving.replica import IDLE, Replica
 from longcat_sim.simulation.serving.request import COMPLETED, FAILED, REJECTED, Columns, GapHistogram, Request
 from longcat_sim.simulation.serving.slowdowns import Slowdowns
@@ -55,6 +56,8 @@ class Cluster:
         self.between_pools = 0
         """Requests that waited for the decode pool when the last one arrived."""
         self.router = serve.router
+        self.loads: PublishedLoads | None = None
+        """What the front end of data-parallel ranks knows of them; without it, routers know all at once."""
         self.max_queue = serve.max_queue
         self.max_model_len = serve.scheduler.max_model_len or 1 << 62
         self.pools: dict[str, PoolRun] = {}
@@ -202,16 +205,20 @@ class Cluster:
     def _route(self, pool: PoolRun, request: Request) -> Replica:
         """Choose a live replica; ties go to the lowest index.
 
-        ``least_loaded``: fewest 4 x waiting + running, as vLLM's data-parallel coordinator counts.
+        ``least_loaded``: fewest 4 x waiting + running, as vLLM's data-parallel coordinator counts; of ranks in
+        lockstep, by the counts that it published last.
         ``prefix_aware``: fewest tokens to prefill there (its queue and what the cache does not hold of this prompt)
         plus tokens of the active prompts, the cost of NVIDIA Dynamo's KV router with weight 1.
         """
         live = pool.live
+        if self.loads is not None and self.router == "least_loaded":
+            now: int = self.env._now  # type: ignore[assignment]
+            return live[self.loads.choose(now, [replica.index for replica in live])]
         if self.router == "round_robin":
             pool.turn += 1
             return live[(pool.turn - 1) % len(live)]
         if self.router == "prefix_aware" and pool is self.entry and request.chain:
-            now: int = self.env._now  # type: ignore[assignment]
+            now = self.env._now  # type: ignore[assignment]
             costs = [r.queued_tokens + r.active_tokens - r.hit_tokens(request, now) for r in live]
         else:
             costs = [4 * len(r.waiting) + r.batch + len(r.prefilling) for r in live]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from longcat_sim.simulation.serving.published_loads import BalancerRules, PublishedLoads
 from longcat_sim.simulation.serving.replica import IDLE, Replica
 
 if TYPE_CHECKING:
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 class Lockstep:
     """Lets its members decide together at common boundaries and gives their steps one common time."""
 
-    def __init__(self, cluster: Cluster, members: Sequence[Replica]) -> None:
+    def __init__(self, cluster: Cluster, members: Sequence[Replica], rules: BalancerRules) -> None:
+        self.loads = cluster.loads = PublishedLoads(len(members), rules)
         self.cluster = cluster
         self.members = list(members)
         self.times: Any = members[0].times
@@ -47,6 +49,9 @@ class Lockstep:
             member.cutoff = self.started if self.ends == now and member.is_async else now
             if member.phase == IDLE and member.is_up:
                 member.compose(now)
+            arrived = now if self.loads.rules.counts_arrivals else member.cutoff
+            waiting = sum(request.queued <= arrived for request in member.waiting)
+            self.loads.report(now, member.index, waiting, member.batch + len(member.prefilling))
         if not self.shapes:
             members = [m for m in self.members if m.waiting]
             if members and self.ends == now:  # nothing was left to run: the decision is taken now

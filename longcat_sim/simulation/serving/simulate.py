@@ -18,6 +18,7 @@ from longcat_sim.records.span import Span, chrome_trace
 from longcat_sim.simulation import metrics
 from longcat_sim.simulation.serving.cluster import Cluster, Engine, KvLink, request_seed
 from longcat_sim.simulation.serving.lockstep import Lockstep
+from longcat_sim.simulation.serving.published_loads import BalancerRules
 from longcat_sim.simulation.serving.replica import Replica
 from longcat_sim.simulation.serving.request import Columns, GapHistogram, Request
 from longcat_sim.simulation.serving.synthetic import Synthetic
@@ -106,14 +107,15 @@ def simulate_serving(
     debug: bool = False,
     trace_window_s: tuple[float, float] | None = None,
     requests: Iterable[Request] | None = None,
-    lockstep: bool = False,
+    lockstep: BalancerRules | None = None,
 ) -> ServingResult:
     """Serve the workload of ``serve`` and return records, pool use and checks.
 
     ``engines`` is one ``Engine`` for shared replicas, or {"prefill": .., "decode": ..}. ``acceptance`` is the
     conditional probability of each draft token. ``step_by_step`` makes an event of every step (same records, bit for
     bit). ``debug`` checks every sum at every decision. ``requests`` replaces the workload (a recorded run).
-    ``lockstep`` makes the shared replicas data-parallel ranks of one expert group: they step together.
+    ``lockstep`` makes the shared replicas data-parallel ranks of one expert group: they step together, and the front
+    end knows of them what these rules let it know.
 
     Raises:
         WorkloadError: the trace cannot be read, or holds too many faulty rows.
@@ -145,8 +147,8 @@ def simulate_serving(
     cluster = Cluster(
         serve, by_name, kv_link, acceptance, request_seed(seed), source, columns, step_by_step, debug, window
     )
-    if lockstep:
-        Lockstep(cluster, cluster.entry.replicas)
+    if lockstep is not None:
+        Lockstep(cluster, cluster.entry.replicas, lockstep)
     collects = gc.isenabled()
     gc.disable()  # a run makes millions of objects and no cycles to collect
     try:

@@ -20,6 +20,7 @@ from longcat_sim.calibration.engine_times import EngineTimes
 from longcat_sim.calibration.layer_profile import LayerProfile
 from longcat_sim.errors import MeasurementError
 from longcat_sim.simulation.serving.cluster import Engine
+from longcat_sim.simulation.serving.published_loads import BalancerRules
 from longcat_sim.simulation.serving.request import COMPLETED, Request
 from longcat_sim.simulation.serving.simulate import ServingResult, simulate_serving
 from longcat_sim.specs.model import ModelSpec
@@ -111,8 +112,8 @@ def predict(directory: Path) -> tuple[ServingResult, list[dict[str, Any]]]:
         requests.append(Request(0, arrival, int(row["input_toks"]), int(row["output_toks"]), chain))
         row["arrival"] = row["arrival_time"] + offset
     engine = Engine(times, blocks, times.tp_size)
-    is_lockstep = times.dp_size > 1 and model.num_moe_layers > 0
-    return simulate_serving(serve, engine, requests=requests, lockstep=is_lockstep), rows
+    rules = BalancerRules.of(folder.version) if times.dp_size > 1 and model.num_moe_layers else None
+    return simulate_serving(serve, engine, requests=requests, lockstep=rules), rows
 
 
 def _statistics(values: FloatArray) -> dict[str, float]:
