@@ -61,6 +61,8 @@ class EngineTimes:
     """Whether two tensor-parallel ranks reduce by vLLM's own kernel."""
     captured: Sequence[int] | None = None
     """Token counts of the captured graphs, where the engine reported them."""
+    scale: float = 1.0
+    """What every step's time is multiplied by."""
 
     def __post_init__(self) -> None:
         sizes = capture_sizes(self.max_num_seqs) if self.captured is None else sorted(self.captured)
@@ -138,7 +140,7 @@ class EngineTimes:
             time += self.link.all_gather_us(logits, self.tp_size)
         if self.num_moe:
             time += self.num_moe * self._expert_us(rows)
-        return round(time * 1000)
+        return round(time * 1000 * self.scale)
 
     def _remote_us(self, gathered: int) -> float:
         """Return what the choices of other ranks' experts cost on a rank: rows of zeros, written and summed.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from longcat_sim.calibration.attention_tables import AttentionTable, SkewTable
@@ -52,6 +52,13 @@ class LayerProfile:
     """Expert-parallel degree -> curves over tokens, by activated experts"""
     components: MoeComponents | None = None
     """Experts, gate and finalisation measured apart, for this very deployment."""
+    routing_us: float = 0.0
+    """Time of the kernel that picks the experts, where ``moe`` lacks it: that of the profile's shortest kernel, for it
+    is little more than a launch.
+
+    Profilers that forced the choice of experts left the kernel out, until they recorded how they measured (a column
+    ``measurement_protocol``). Source: LLMServingSim documentation, output bundle and changelog.
+    """
 
     @classmethod
     def read(cls, profile: Path, tp_size: int, dp_size: int = 1) -> LayerProfile:
@@ -88,6 +95,8 @@ class LayerProfile:
             _read_moe(moe_path) if moe_path.is_file() else {},
             read_components(folder, tp_size, dp_size) if dp_size > 1 else None,
         )
+        if table.moe and "measurement_protocol" not in table_header(moe_path):
+            table.routing_us = min(times[0] for _, times in table.dense.values())
         lacks = [name for name in ("qkv_proj", "o_proj") if name not in table.dense]
         lacks += [name for name in ("lm_head",) if name not in table.per_sequence]
         if not table.moe and not table.components:
@@ -98,6 +107,28 @@ class LayerProfile:
                 f"in per_sequence.csv; got none of {', '.join(lacks)}; profile the missing kernels"
             )
         return table
+
+    def with_experts_in_memory(self, expert_bytes: float, cache_bytes: float) -> LayerProfile:
+        """Return the profile with no expert's weights read from a cache.
+
+        A profiler runs one layer again and again, so the weights of a few experts stay in the cache; in a step those of
+        all other layers pass in between. Counts of experts that fit are given the time on the line through the next
+        two counts, where that is longer. Source: LLMServingSim documentation, native MoE components (its later tables
+        turn among as many copies of the weights as the cache cannot hold).
+        """
+        moe = {}
+        for degree, family in self.moe.items():
+            counts, curves = family.parameters, dict(family.curves)
+            streamed = [count for count in counts if count * expert_bytes > cache_bytes][:2]
+            for count in counts:
+                if len(streamed) == 2 and count < streamed[0]:
+                    nodes, times = curves[count]
+                    weight = (count - streamed[0]) / (streamed[1] - streamed[0])
+                    lines = [tuple(interpolate(curves[other], t) for other in streamed) for t in nodes]
+                    least = [low + (high - low) * weight for low, high in lines]
+                    curves[count] = nodes, [max(pair) for pair in zip(times, least, strict=True)]
+            moe[degree] = CurveFamily(counts, curves)
+        return replace(self, moe=moe)
 
     def calls_of(self, name: str) -> int:
         """Return how often a layer runs a normalisation: twice where the row is the time of one of its two kernels.
@@ -133,7 +164,7 @@ class LayerProfile:
         """
         degree = min(self.moe, key=lambda e: abs(e - ep_size))
         tokens = tokens * degree / ep_size
-        return self.moe[degree].at(experts, tokens)
+        return self.moe[degree].at(experts, tokens) + self.routing_us
 
 
 def _read_moe(path: Path) -> dict[int, CurveFamily]:

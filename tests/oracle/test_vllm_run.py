@@ -15,7 +15,7 @@ from longcat_sim.calibration.engine_times import EngineTimes, capture_sizes
 from longcat_sim.calibration.layer_profile import LayerProfile
 from longcat_sim.errors import MeasurementError, WorkloadError
 from longcat_sim.specs.model import model_spec
-from longcat_sim.studies.validate.vllm_run import predict, run
+from longcat_sim.studies.validate.vllm_run import Recording, run
 
 TOLERANCE = {
     ("tpot_s", "mean"): 0.01, ("e2e_s", "mean"): 0.015, ("ttft_s", "mean"): 0.05,
@@ -66,19 +66,19 @@ def test_prediction_does_not_look_at_measured_times(folder: Path, tmp_path: Path
 
 
 def test_tensor_parallel_run_reads_its_own_tables_and_pays_for_its_link(folder: Path, tmp_path: Path) -> None:
-    one, _ = predict(folder)
-    two, _ = predict(variant(folder, tmp_path / "tp2", {"tensor_parallel_size": 2}))
+    one = Recording.read(folder).simulate()
+    two = Recording.read(variant(folder, tmp_path / "tp2", {"tensor_parallel_size": 2})).simulate()
     assert two.pools["shared"].num_gpus == 2
     assert two.duration_s < one.duration_s
     slow = variant(folder, tmp_path / "slow", {"tensor_parallel_size": 2})
     config = json.loads((slow / "config.json").read_text())
     (slow / "config.json").write_text(json.dumps(config | {"link_bw": 1}))
-    assert predict(slow)[0].duration_s > two.duration_s
+    assert Recording.read(slow).simulate().duration_s > two.duration_s
 
 
 def test_full_kv_cache_preempts_and_completes_everything(folder: Path, tmp_path: Path) -> None:
     tight = variant(folder, tmp_path / "kv", {"max_num_seqs": 256}, kv_cache={"num_gpu_blocks": 2588})
-    result, _ = predict(tight)
+    result = Recording.read(tight).simulate()
     assert result.preemptions > 50
     assert result.checks["completed"] == 300
 
@@ -88,7 +88,7 @@ def test_expert_parallel_ranks_step_together(folder: Path, tmp_path: Path) -> No
     moe = "ep,tokens,activated_experts,time_us\n" + "".join(",".join(map(str, row)) + "\n" for row in rows)
     settings = {"data_parallel_size": 2, "enable_expert_parallel": True}
     path = variant(folder, tmp_path / "ep", settings, moe, model="Qwen/Qwen3-30B-A3B-Instruct-2507")
-    result, _ = predict(path)
+    result = Recording.read(path).simulate()
     assert result.checks["completed"] == 300
     replicas = result.records.numpy("replica")
     assert 100 < (replicas == 0).sum() < 200

@@ -15,7 +15,7 @@ from longcat_sim.calibration.layer_profile import LayerProfile
 from longcat_sim.errors import MeasurementError, WorkloadError
 from longcat_sim.specs.model import model_spec
 from longcat_sim.studies.validate.vllm_folder import RunFolder, read_measured
-from longcat_sim.studies.validate.vllm_run import predict, run
+from longcat_sim.studies.validate.vllm_run import Recording, run
 
 TOKENS = (1, 8, 64, 256, 2048)
 MOE = "Qwen/Qwen3-30B-A3B-Instruct-2507"
@@ -110,7 +110,7 @@ def requests(count: int, clock: float = 1.79e9, monotonic: float = 500.0) -> lis
 def quiet(folder: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return predict(folder)[0]
+        return Recording.read(folder).simulate()
 
 
 # -- links --------------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_blocks_of_a_rank_are_found_in_every_report(make: Any) -> None:
 def remarks(folder: Path) -> list[str]:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        predict(folder)
+        Recording.read(folder)
     return [str(each.message) for each in found]
 
 
@@ -354,7 +354,7 @@ def test_run_needs_tables_of_its_own_degree_and_of_its_experts(make: Any) -> Non
 def test_contexts_of_unequal_length_are_read_with_and_without_controls(make: Any) -> None:
     folder = make("x") / "profile" / "tp1"
     with pytest.warns(UserWarning, match=r"no skew\.csv"):
-        predict(folder.parent.parent)
+        Recording.read(folder.parent.parent)
     attention = LayerProfile.read(folder.parent, 1).attention
     low, high = attention.us(0, 0, 8, 1000), attention.us(0, 0, 8, 4500)
     pairs = json.dumps([[1, 4500]] + [[1, 500]] * 7)
@@ -414,6 +414,36 @@ def test_expert_parallel_ranks_run_with_either_table(make: Any, is_new: bool) ->
     result = quiet(make("ep", model=MOE, settings=settings, is_new=is_new))
     assert result.checks["completed"] == 40
     assert len(set(result.records.numpy("replica"))) == 2
+
+
+def test_older_expert_tables_lack_the_kernel_that_picks_the_experts(make: Any) -> None:
+    folder = make("routing", model=MOE, is_new=False) / "profile"
+    bare = 10 + 6 * 16 + 0.1 * 64
+    shortest = 2.0 + 0.01 * TOKENS[0]
+    assert LayerProfile.read(folder, 1).moe_us(1, 64, 16) == pytest.approx(bare + shortest)
+    path = folder / "tp1" / "moe.csv"
+    head, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([f"{head},measurement_protocol", *(f"{row},v4" for row in rows)]))
+    assert LayerProfile.read(folder, 1).moe_us(1, 64, 16) == pytest.approx(bare)
+
+
+def test_few_experts_are_not_read_from_the_cache(make: Any) -> None:
+    folder = make("cache", model=MOE, is_new=False) / "profile"
+    path = folder / "tp1" / "moe.csv"
+    head, *rows = path.read_text().splitlines()
+    # four experts fit in a cache of five: measured at half their time with few rows, rightly with many
+    cells = [row.split(",") for row in rows]
+    cells = [(t, a, str(float(us) / 2) if a == "4" and float(t) < 2048 else us) for t, a, us in cells]
+    path.write_text("\n".join([head, *map(",".join, cells)]))
+    cached = LayerProfile.read(folder, 1)
+    cold = cached.with_experts_in_memory(1e6, 5e6)
+    for tokens in (1, 64, 2048):
+        truth = 10 + 6 * 4 + 0.1 * tokens
+        assert cold.moe_us(1, tokens, 4) - cold.routing_us == pytest.approx(truth, rel=0.001)
+    assert cached.moe_us(1, 64, 4) < 0.6 * cold.moe_us(1, 64, 4)
+    assert cached.moe_us(1, 64, 16) == cold.moe_us(1, 64, 16)
+    # nothing to draw a line through: as measured
+    assert cached.with_experts_in_memory(1e6, 1e9).moe_us(1, 64, 4) == cached.moe_us(1, 64, 4)
 
 
 def test_parts_of_an_expert_layer_are_preferred_to_the_whole(make: Any) -> None:

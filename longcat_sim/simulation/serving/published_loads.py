@@ -1,9 +1,8 @@
 """How vLLM's front end sees its data-parallel ranks: by counts that a coordinator publishes a few times a second.
 
 Ranks tell a coordinator of their waiting and running requests after a step that changed them; it publishes all of them
-together, at most every 100 ms. In between, the front end counts what it sent itself as waiting. So a choice rests on
-counts that are up to a few steps old, and ranks whose requests end at the same pace stay equally full: choices on exact
-counts fill the rank that empties faster, and then wait longer at the other one.
+together, at most every 100 ms. In between, the front end counts what it sent itself as waiting. So it chooses by counts
+that are a few steps old.
 
 Source: vLLM ``v1/engine/coordinator.py`` (intervals; counts of the last whole step), ``core_client.py`` (score),
 ``core.py`` (when ranks report); pull requests 41626 (reports before a step too, merged 2026-05-14), 47420 (ties take

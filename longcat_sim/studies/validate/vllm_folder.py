@@ -367,6 +367,12 @@ class RunFolder:
         per_block = model.kv_bytes_per_token(bytes_per_value=2) / tp_size * size
         return max(0, int((total * share - weights) / per_block))
 
+    @property
+    def cache_bytes(self) -> float:
+        """The card's last-level cache, by its packaged profile; 0 where there is none."""
+        sheet = sheet_of_card(str(self.profile.get("gpu", "")))
+        return (load_hardware(sheet).l2 or 0.0) if sheet else 0.0
+
     @cached_property
     def _card_bytes(self) -> float | None:
         """Return a card's memory: the deployment's, what the engine saw, or its packaged profile's."""
