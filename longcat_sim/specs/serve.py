@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -226,6 +227,18 @@ class ServiceLevel(Part):
     """Lower is served first under the priority policy."""
 
 
+FAULT_KEYS = {
+    "replica_loss": ("pool", "replica", "in_flight"),
+    "slow_rank": ("pool", "replica", "slowdown"),
+    "link_degradation": ("slowdown",),
+}
+FAULT_EXAMPLES = {
+    "replica_loss": "{kind: replica_loss, at: 60 s, duration: 30 s, replica: 0, in_flight: retry}",
+    "slow_rank": "{kind: slow_rank, at: 60 s, duration: 30 s, replica: 0, slowdown: 2}",
+    "link_degradation": "{kind: link_degradation, at: 60 s, duration: 30 s, slowdown: 4}",
+}
+
+
 class Fault(Part):
     """Something that breaks at a time, and comes back after ``duration`` (never, if unset).
 
@@ -245,13 +258,15 @@ class Fault(Part):
     """What becomes of requests on a lost replica."""
 
     @model_validator(mode="after")
-    def _in_place(self) -> Fault:
-        given = sorted(self.model_fields_set & {"pool", "replica"})
-        if self.kind == "link_degradation" and given:
+    def _keys_fit_the_kind(self) -> Fault:
+        fitting = FAULT_KEYS[self.kind]
+        odd = sorted(self.model_fields_set - {"kind", "at", "duration", *fitting})
+        if odd:
+            what = "strikes the whole KV link between the pools and" if self.kind == "link_degradation" else ""
             raise ValueError(
-                "link_degradation strikes the whole KV link between the pools, such as {kind: link_degradation, "
-                f"at: 60 s, duration: 30 s, slowdown: 4}}; got {' and '.join(given)}; remove them, or use "
-                "slow_rank for one replica"
+                f"{' '.join(filter(None, (self.kind, what)))} takes {', '.join(fitting)} beside at and duration, such "
+                f"as {FAULT_EXAMPLES[self.kind]}; got {' and '.join(odd)}; remove {'them' if len(odd) > 1 else 'it'}, "
+                f"or use another kind of {', '.join(FAULT_KEYS)}"
             )
         return self
 
@@ -326,7 +341,23 @@ class Serve(Part):
             size = pool.replicas if pool else self.num_shared_replicas
             if fault.replica >= size:
                 raise ValueError(f"faults[{number}].replica: expected 0..{size - 1}; got {fault.replica}")
+        self._no_loss_of_what_is_down()
         return self
+
+    def _no_loss_of_what_is_down(self) -> None:
+        back: dict[tuple[str, int], tuple[float, int]] = {}
+        losses = [(fault.at, number) for number, fault in enumerate(self.faults) if fault.kind == "replica_loss"]
+        for at, number in sorted(losses):
+            fault = self.faults[number]
+            until, earlier = back.get((fault.pool, fault.replica), (-1.0, 0))
+            if at < until:
+                raise ValueError(
+                    f"faults[{number}]: {fault.pool} replica {fault.replica} is lost at {at:g} s, but "
+                    f"faults[{earlier}] has it down until {'the end' if until == inf else f'{until:g} s'}; move one, "
+                    "or make them one with a longer duration"
+                )
+            end = inf if fault.duration is None else at + fault.duration
+            back[fault.pool, fault.replica] = end, number
 
     @property
     def num_shared_replicas(self) -> int:

@@ -82,12 +82,12 @@ def scenarios(draw: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         size = serve[pool]["replicas"] if disaggregated else replicas
         kind = pick("replica_loss", "slow_rank", *(["link_degradation"] if disaggregated else []))
         place = {} if kind == "link_degradation" else {"pool": pool, "replica": draw(st.integers(0, size - 1))}
-        faults.append(
-            {
-                "kind": kind, "at": f"{draw(st.integers(1, 900))} ms", "duration": f"{draw(st.integers(1, 300))} ms",
-                "in_flight": pick("retry", "fail"), **place,
-            }
-        )  # fmt: skip
+        if kind == "replica_loss":
+            if any(place.items() <= fault.items() and fault["kind"] == kind for fault in faults):
+                continue  # what is down cannot be lost
+            place["in_flight"] = pick("retry", "fail")
+        times = {"at": f"{draw(st.integers(1, 900))} ms", "duration": f"{draw(st.integers(1, 300))} ms"}
+        faults.append({"kind": kind, **times, **place})
     serve["faults"] = faults
     if not disaggregated and draw(st.integers(0, 4)) == 0:
         serve["autoscaler"] = {"max_replicas": replicas + 1, "interval": "100 ms"}

@@ -271,6 +271,27 @@ def test_a_link_fault_has_no_replica_and_needs_a_link() -> None:
         serve_spec(faults=[{"kind": "link_degradation", "at": "1 s"}])
 
 
+@pytest.mark.parametrize(
+    ("fault", "got"),
+    [
+        ({"kind": "slow_rank", "in_flight": "fail"}, "slow_rank takes pool, replica, slowdown.*got in_flight"),
+        ({"kind": "replica_loss", "slowdown": 3}, "replica_loss takes pool, replica, in_flight.*got slowdown"),
+    ],
+)
+def test_a_fault_takes_the_keys_of_its_kind_only(fault: dict, got: str) -> None:
+    with pytest.raises(ValueError, match=got):
+        serve_spec(faults=[{"at": "1 s", **fault}])
+
+
+def test_what_is_down_cannot_be_lost() -> None:
+    first, second = ({"kind": "replica_loss", "at": at} for at in ("1 s", "3 s"))
+    for duration in ({}, {"duration": "2.5 s"}):
+        with pytest.raises(ValueError, match=r"faults\[0\].*replica 0 is lost at 3 s, but faults\[1\] has it down"):
+            serve_spec(faults=[second, first | duration])
+    serve_spec(faults=[second, first | {"duration": "2 s"}])
+    serve_spec(replicas=2, faults=[first, second | {"replica": 1}])
+
+
 def test_cold_start_and_autoscaler() -> None:
     spec = serve_spec(cold_start=True)
     cold = simulate_serving(spec, Engine(PLAIN, 100, weight_load_s=2.0), requests=requests((0.0, 1, 1)))
