@@ -22,7 +22,11 @@ SPREAD = 0.05
 """Relative difference of two independent measurements of one table (DeepEP low latency, EP16 to EP64: the authors' and
 pplx-garden docs/fabric-lib.md @2446003)."""
 BORROWED_SPREAD = 0.10
-"""The same where a part of the curve comes from another device (assumed: twice the above)."""
+"""The same where a part of the curve, such as its floor, comes from another device (assumed: twice the above)."""
+CARRIED_SPREAD = {"low_latency": 0.13, "normal": 0.21, "": 0.30}
+"""Root mean square of log(measured / carried), by variant, where a whole table is another device's, scaled by the links
+of both: 60 tables of low-latency exchanges and 24 of normal ones, and 256 of NCCL's collectives, between devices of one
+maker whose links join as many. Found again by tests/unit/test_collective_errors.py."""
 NCCL_KINDS = frozenset({"all_gather", "all_reduce", "all_to_all", "reduce_scatter"})
 SHEET_SPREAD, NCCL_SHEET_SPREAD = 0.51, 0.37
 """Root mean square of log(measured / data sheet), tables of the packaged profiles weighted alike: exchanges (22 tables
@@ -33,8 +37,7 @@ one shift moves all of a draw. Found again by tests/unit/test_collective_errors.
 EXTRAPOLATED_SPREAD = 0.32
 """The same for what lies beyond the measured ranks: 56 predictions of a table of exchanges from those of its kernels on
 fewer ranks, two nodes at least. (From one node alone: 1.2.) Found again by the same test. Taken too beyond twice the
-largest message, and for links changed by an octave (less for less), where carrying tables between devices of one maker
-and domain gives 0.14 for low-latency exchanges, 0.20 for normal ones and 0.34 for NCCL's collectives."""
+largest message, and for links changed by an octave (less for less)."""
 NORMAL_SMS = 24
 """SMs that the normal-mode kernels hold. Source: DeepEP docs/legacy.md @dd758ca (V1)."""
 OVERLAP_RATES = {("dispatch", "normal"): 0.57, ("combine", "normal"): 0.77}
@@ -325,9 +328,12 @@ class CollectiveTimes:
         return "interpolated"
 
     def spread(self, kind: str, variant: str) -> float:
-        """Return the relative error of a kind: independent re-measurement, wider where a curve is partly borrowed."""
-        borrowed = any(curve.borrowed for curve in self._tables.get((kind, variant), ()))
-        return BORROWED_SPREAD if borrowed or self.carried_from else SPREAD
+        """Return the relative error of a kind: that of an independent re-measurement; wider where a part of the table
+        is another device's, or all of it."""
+        curves = self._tables.get((kind, variant), ())
+        if self.carried_from or (curves and all(curve.borrowed and curve.bytes[0] > 0 for curve in curves)):
+            return CARRIED_SPREAD.get(variant, CARRIED_SPREAD["normal"])
+        return BORROWED_SPREAD if any(curve.borrowed for curve in curves) else SPREAD
 
     def notes(self, collectives: Iterable[tuple[str, str, Tag]]) -> list[str]:
         """Return which of a step's (kind, variant, tag) nobody measured, and how far they may be off."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from longcat_sim.calibration.collectives import (
+    CARRIED_SPREAD,
     EXTRAPOLATED_SPREAD,
     NCCL_KINDS,
     NCCL_SHEET_SPREAD,
@@ -71,6 +72,35 @@ def test_the_error_beyond_the_measured_ranks_is_that_of_tables_left_out() -> Non
                 errors += [np.log(seconds / fewer.seconds_many(asked)) for _, asked, seconds in tables[kept:]]
     assert len(errors) == 56
     assert alike(errors) == pytest.approx(EXTRAPOLATED_SPREAD, abs=0.005)
+
+
+def test_the_error_of_carried_tables_is_that_of_devices_that_have_their_own() -> None:
+    errors: dict[str, list[FloatArray]] = {}
+    devices = list(packaged())
+    for giver, times, given in devices:
+        for taker, _, found in devices:
+            domains = [each.scale_up and each.scale_up.domain_size for each in (giver, taker)]
+            if giver is taker or giver.maker != taker.maker or domains[0] != domains[1]:
+                continue
+            carried = times.carried_to(taker)
+            for key in given.keys() & found.keys():
+                ranks = [curve.ranks for curve, _, _ in given[key]]
+                errors.setdefault(key[1], []).extend(
+                    np.log(seconds / carried.seconds_many(asked))
+                    for curve, asked, seconds in found[key]
+                    if min(ranks) <= curve.ranks <= max(ranks)
+                )
+    assert {variant: len(each) for variant, each in errors.items()} == {"low_latency": 60, "normal": 24, "": 256}
+    assert {variant: alike(each) for variant, each in errors.items()} == pytest.approx(CARRIED_SPREAD, abs=0.005)
+
+
+def test_a_table_that_is_another_devices_is_as_uncertain_as_carrying_is() -> None:
+    times = read_collectives(load_hardware("h800-sxm"))
+    assert times is not None
+    assert times.spread("all_gather", "") == CARRIED_SPREAD[""]
+    assert times.spread("dispatch", "low_latency") < CARRIED_SPREAD["low_latency"]
+    carried = times.carried_to(load_hardware("h200-sxm"))
+    assert carried.spread("dispatch", "normal") == CARRIED_SPREAD["normal"]
 
 
 def spread_of(hardware: str, ranks: int, changes: dict[str, str] | None = None) -> float:
