@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,16 @@ class CollectiveTimes:
 
     @classmethod
     def from_fit(cls, section: Mapping[str, Any], hardware: HardwareSpec) -> CollectiveTimes:
-        """Return what ``to_fit`` wrote, with the links that ``hardware`` has now."""
+        """Return what ``to_fit`` wrote, with the links that ``hardware`` has now.
+
+        Raises:
+            ValueError: a curve's bytes do not rise, or it has other than one positive time for each.
+        """
+        for row in section["curves"]:
+            rises = all(low < high for low, high in pairwise(row["bytes"]))
+            if not row["bytes"] or len(row["bytes"]) != len(row["us"]) or min(row["us"]) <= 0 or not rises:
+                name = " ".join(str(row[key]) for key in ("kind", "variant", "ranks"))
+                raise ValueError(f"bytes {row['bytes']} and us {row['us']} of {name}")
         curves = [
             Curve(
                 row["kind"], row["variant"], int(row["ranks"]), tuple(row["bytes"]),

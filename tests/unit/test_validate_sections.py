@@ -84,6 +84,8 @@ def test_a_profile_of_another_schema_is_a_note_and_the_rest_is_printed(folder: P
         (lambda law: law.update(measured=law["measured"][:-8]), "a packed grid that is cut short"),
         (lambda law: law.update(correction=base64.b64encode(zlib.compress(b"x")).decode()), "cannot reshape"),
         (lambda law: law.pop("sizes"), "no 'sizes'"),
+        (lambda law: law["weights"].__setitem__(0, -0.1), "a negative weight"),
+        (lambda law: next(iter(law["sizes"].values())).reverse(), "that do not rise"),
     ],
 )
 def test_a_damaged_law_is_refused_by_name(folder: Path, damage: Any, says: str) -> None:
@@ -96,6 +98,17 @@ def test_a_damaged_law_is_refused_by_name(folder: Path, damage: Any, says: str) 
     assert f"hardware mine: fit: laws: {laws[0]['kind']} {laws[0]['dtype']}" in fault
     assert says in fault
     assert "Error" not in fault
+
+
+@pytest.mark.parametrize(("key", "value"), [("us", [5.0]), ("bytes", [8, 4]), ("us", [5.0, 0.0]), ("bytes", [])])
+def test_a_damaged_table_of_collectives_is_refused_by_name(folder: Path, key: str, value: list) -> None:
+    fit = yaml.safe_load((PACKAGED / "h800-sxm.yaml").read_text(encoding="utf-8"))["fit"]
+    curve = fit["collectives"]["curves"][0]
+    curve |= {"bytes": [4, 8], "us": [5.0, 6.0], key: value}
+    name = f"{curve['kind']} {curve['variant']} {curve['ranks']}"
+    write(folder, "mine", laws=fit["laws"][:1], collectives=fit["collectives"])
+    with pytest.raises(MeasurementError, match=rf"hardware mine: fit: collectives: .* of {name}; restore the section"):
+        OpTimes.from_hardware(load_hardware("mine"))
 
 
 def test_this_machine_without_a_profile_is_told_how_to_get_one(folder: Path) -> None:
