@@ -160,11 +160,11 @@ class CollectiveTimes:
         """Return what ``to_fit`` wrote, with the links that ``hardware`` has now.
 
         Raises:
-            ValueError: a curve's bytes do not rise, or it has other than one positive time for each.
+            ValueError: a curve's bytes do not rise from 0 on, or it has other than one positive time for each.
         """
         for row in section["curves"]:
-            rises = all(low < high for low, high in pairwise(row["bytes"]))
-            if not row["bytes"] or len(row["bytes"]) != len(row["us"]) or min(row["us"]) <= 0 or not rises:
+            rises = row["bytes"] and row["bytes"][0] >= 0 and all(low < high for low, high in pairwise(row["bytes"]))
+            if not rises or len(row["bytes"]) != len(row["us"]) or min(row["us"]) <= 0 or row["ranks"] < 1:
                 name = " ".join(str(row[key]) for key in ("kind", "variant", "ranks"))
                 raise ValueError(f"bytes {row['bytes']} and us {row['us']} of {name}")
         curves = [
@@ -331,7 +331,8 @@ class CollectiveTimes:
         if (op.kind, op.variant) not in self._tables:
             return self._sheet.tag(op)
         near = self._near(op.kind, op.variant, op["ranks"])
-        if self.carried_from or self._outside(op.kind, op.variant, np.array([op.message_bytes]), op["ranks"])[0] > 0:
+        outside = self._outside(op.kind, op.variant, np.array([op.message_bytes]), op["ranks"])[0]
+        if outside > 0 or self._is_carried(op.kind, op.variant):
             return "extrapolated"
         if op["ranks"] == near.ranks and op.message_bytes in near.bytes:
             return "measured"
@@ -340,10 +341,15 @@ class CollectiveTimes:
     def spread(self, kind: str, variant: str) -> float:
         """Return the relative error of a kind: that of an independent re-measurement; wider where a part of the table
         is another device's, or all of it."""
-        curves = self._tables.get((kind, variant), ())
-        if self.carried_from or (curves and all(curve.borrowed and curve.bytes[0] > 0 for curve in curves)):
+        if self._is_carried(kind, variant):
             return CARRIED_SPREAD.get(variant, CARRIED_SPREAD["normal"])
-        return BORROWED_SPREAD if any(curve.borrowed for curve in curves) else SPREAD
+        borrowed = any(curve.borrowed for curve in self._tables.get((kind, variant), ()))
+        return BORROWED_SPREAD if borrowed else SPREAD
+
+    def _is_carried(self, kind: str, variant: str) -> bool:
+        """Whether all of a table is another device's."""
+        curves = self._tables.get((kind, variant), ())
+        return bool(self.carried_from or (curves and all(curve.borrowed and curve.bytes[0] > 0 for curve in curves)))
 
     def notes(self, collectives: Iterable[tuple[str, str, Tag]]) -> list[str]:
         """Return which of a step's (kind, variant, tag) nobody measured, and how far they may be off."""
@@ -354,6 +360,13 @@ class CollectiveTimes:
                 says = (
                     f"from the links in the data sheet of {self.hardware.name}, not measured; those that were measured "
                     f"take {took} times their data-sheet time (median), spread {spread:.0%}"
+                )
+            elif tag == "extrapolated" and self._is_carried(kind, variant):
+                giver = self.carried_from or self._tables[kind, variant][0].borrowed
+                says = (
+                    f"the tables of {giver}, scaled by both devices' links; such carrying misses by "
+                    f"{self.spread(kind, variant):.0%} where both were measured, and what lies beyond the measured "
+                    f"ranks or bytes by up to {EXTRAPOLATED_SPREAD:.0%} more"
                 )
             elif tag == "extrapolated":
                 says = (
@@ -387,10 +400,10 @@ class CollectiveTimes:
 
     def _outside(self, kind: str, variant: str, size: FloatArray, ranks: float) -> FloatArray:
         """Return how far sizes [N] are from what was measured: 0 within it, 1 beyond its ranks or twice its bytes, and
-        the octaves by which its link differs, 1 at most."""
+        the octaves by which its link differs, 1 at most; links are a part of the error of carrying where all is."""
         table, link = self._tables[kind, variant], self._link(ranks)
         now, then = _links(self.hardware).get(link), self.reference.get(link)
-        octaves = abs(float(np.log2(now / then))) if now and then else 0.0
+        octaves = abs(float(np.log2(now / then))) if now and then and not self.carried_from else 0.0
         beyond = (size > 2 * self._near(kind, variant, ranks).bytes[-1]) | (
             not table[0].ranks <= ranks <= table[-1].ranks
         )

@@ -105,7 +105,7 @@ def _law(document: Mapping[str, Any]) -> FittedLaw:
     if (weights < 0).any() or (draws < 0).any():
         raise ValueError("a negative weight, with which a law would fall as a size grows")
     for name, axis in zip(names, axes, strict=True):
-        if axis[0] < 0 or (np.diff(axis) <= 0).any():
+        if not len(axis) or axis[0] < 0 or (np.diff(axis) <= 0).any():
             raise ValueError(f"sizes of {name} that do not rise: {document['sizes'][name]}")
     return FittedLaw(
         document["kind"],

@@ -52,12 +52,12 @@ class LayerProfile:
     """Expert-parallel degree -> curves over tokens, by activated experts"""
     components: MoeComponents | None = None
     """Experts, gate and finalisation measured apart, for this very deployment."""
+    has_forced_experts: bool = False
+    """Whether ``moe`` is of the time before profilers recorded how they measured (a column ``measurement_protocol``):
+    the same experts were forced in every run, and the kernel that picks them left out. Source: LLMServingSim
+    documentation, output bundle and changelog."""
     routing_us: float = 0.0
-    """Time of the kernel that picks the experts, where ``moe`` lacks it: that of the profile's shortest kernel, for it
-    is little more than a launch.
-
-    Profilers that forced the choice of experts left the kernel out, until they recorded how they measured (a column
-    ``measurement_protocol``). Source: LLMServingSim documentation, output bundle and changelog.
+    """Time of that kernel, where ``moe`` lacks it: that of the profile's shortest, for it is little more than a launch.
     """
 
     @classmethod
@@ -95,8 +95,6 @@ class LayerProfile:
             _read_moe(moe_path) if moe_path.is_file() else {},
             read_components(folder, tp_size, dp_size) if dp_size > 1 else None,
         )
-        if table.moe and "measurement_protocol" not in table_header(moe_path):
-            table.routing_us = min(times[0] for _, times in table.dense.values())
         lacks = [name for name in ("qkv_proj", "o_proj") if name not in table.dense]
         lacks += [name for name in ("lm_head",) if name not in table.per_sequence]
         if not table.moe and not table.components:
@@ -106,16 +104,22 @@ class LayerProfile:
                 f"{folder}: expected qkv_proj, o_proj, gate_up_proj, down_proj (or moe.csv) in dense.csv and lm_head "
                 f"in per_sequence.csv; got none of {', '.join(lacks)}; profile the missing kernels"
             )
+        if table.moe and "measurement_protocol" not in table_header(moe_path):
+            table.has_forced_experts = True
+            table.routing_us = min(times[0] for _, times in table.dense.values())
         return table
 
     def with_experts_in_memory(self, expert_bytes: float, cache_bytes: float) -> LayerProfile:
-        """Return the profile with no expert's weights read from a cache.
+        """Return the profile with no expert's weights read from a cache; itself where experts were not forced.
 
-        A profiler runs one layer again and again, so the weights of a few experts stay in the cache; in a step those of
-        all other layers pass in between. Counts of experts that fit are given the time on the line through the next
-        two counts, where that is longer. Source: LLMServingSim documentation, native MoE components (its later tables
-        turn among as many copies of the weights as the cache cannot hold).
+        A profiler that runs one layer with the same experts again and again finds the weights of a few in the cache; in
+        a step those of all other layers pass in between. Counts of experts that fit (``expert_bytes`` each) are given
+        the time on the line through the next two counts, where that is longer; below the fewest tokens of those, theirs
+        counts. Source: LLMServingSim documentation, native MoE components (its later tables turn among as many copies
+        of the weights as the cache cannot hold).
         """
+        if not self.has_forced_experts:
+            return self
         moe = {}
         for degree, family in self.moe.items():
             counts, curves = family.parameters, dict(family.curves)

@@ -40,13 +40,13 @@ def run(
         if json:
             print_json(found)
             return
-        print(f"{'':8} {'':6} {'predicted':>11} {'':>6} {'measured':>11} {'error':>8}")
+        print(f"{'':8} {'':6} {'predicted':>11} {'runs':>6} {'measured':>11} {'error':>8}")
         for quantity, statistics in found.items():
             for statistic, row in statistics.items():
-                spread = f"±{row['spread']:.1%}"
+                runs = f"±{row['spread']:.1%}"
+                error = "" if row["error"] is None else f"{row['error']:+.2%}"
                 print(
-                    f"{quantity:8} {statistic:6} {row['predicted']:11.4g} {spread:>6} {row['measured']:11.4g} "
-                    f"{row['error']:+8.2%}"
+                    f"{quantity:8} {statistic:6} {row['predicted']:11.4g} {runs:>6} {row['measured']:11.4g} {error:>8}"
                 )
         return
     from longcat_sim.studies.validate.sections import run_sections

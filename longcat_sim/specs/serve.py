@@ -345,19 +345,22 @@ class Serve(Part):
         return self
 
     def _no_loss_of_what_is_down(self) -> None:
+        losses = [(round(fault.at * 1e9), n) for n, fault in enumerate(self.faults) if fault.kind == "replica_loss"]
         back: dict[tuple[str, int], tuple[float, int]] = {}
-        losses = [(fault.at, number) for number, fault in enumerate(self.faults) if fault.kind == "replica_loss"]
+        found = []
         for at, number in sorted(losses):
             fault = self.faults[number]
-            until, earlier = back.get((fault.pool, fault.replica), (-1.0, 0))
+            until, earlier = back.get((fault.pool, fault.replica), (0, 0))
             if at < until:
-                raise ValueError(
-                    f"faults[{number}]: {fault.pool} replica {fault.replica} is lost at {at:g} s, but "
-                    f"faults[{earlier}] has it down until {'the end' if until == inf else f'{until:g} s'}; move one, "
-                    "or make them one with a longer duration"
+                found.append(
+                    f"faults[{number}]: {fault.pool} replica {fault.replica} is lost at {fault.at:g} s, but "
+                    f"faults[{earlier}] has it down until {'the end' if until == inf else f'{until / 1e9:g} s'}"
                 )
-            end = inf if fault.duration is None else at + fault.duration
-            back[fault.pool, fault.replica] = end, number
+            lasts: float = inf if fault.duration is None else round(fault.duration * 1e9)
+            if lasts < inf or self.autoscaler is None:  # an autoscaler starts what is down, too
+                back[fault.pool, fault.replica] = max((at + lasts, number), (until, earlier))
+        if found:
+            raise ValueError("; ".join(found) + "; move one of each, or make them one with a longer duration")
 
     @property
     def num_shared_replicas(self) -> int:

@@ -76,18 +76,19 @@ def scenarios(draw: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         serve["prefill"] = {"replicas": replicas}
         serve["decode"] = {"replicas": draw(st.integers(1, 2))}
         pools = ["prefill", "decode"]
-    faults = []
+    faults, lost = [], []
     for _ in range(draw(st.integers(0, 2))):
         pool = pick(*pools)
         size = serve[pool]["replicas"] if disaggregated else replicas
         kind = pick("replica_loss", "slow_rank", *(["link_degradation"] if disaggregated else []))
         place = {} if kind == "link_degradation" else {"pool": pool, "replica": draw(st.integers(0, size - 1))}
+        at, duration = draw(st.integers(1, 900)), draw(st.integers(1, 300))
         if kind == "replica_loss":
-            if any(place.items() <= fault.items() and fault["kind"] == kind for fault in faults):
+            if any(one == place and at < end and start < at + duration for one, start, end in lost):
                 continue  # what is down cannot be lost
+            lost.append((dict(place), at, at + duration))
             place["in_flight"] = pick("retry", "fail")
-        times = {"at": f"{draw(st.integers(1, 900))} ms", "duration": f"{draw(st.integers(1, 300))} ms"}
-        faults.append({"kind": kind, **times, **place})
+        faults.append({"kind": kind, "at": f"{at} ms", "duration": f"{duration} ms", **place})
     serve["faults"] = faults
     if not disaggregated and draw(st.integers(0, 4)) == 0:
         serve["autoscaler"] = {"max_replicas": replicas + 1, "interval": "100 ms"}

@@ -288,8 +288,21 @@ def test_what_is_down_cannot_be_lost() -> None:
     for duration in ({}, {"duration": "2.5 s"}):
         with pytest.raises(ValueError, match=r"faults\[0\].*replica 0 is lost at 3 s, but faults\[1\] has it down"):
             serve_spec(faults=[second, first | duration])
-    serve_spec(faults=[second, first | {"duration": "2 s"}])
     serve_spec(replicas=2, faults=[first, second | {"replica": 1}])
+    # an autoscaler brings it back; seconds need not be binary
+    serve_spec(autoscaler={"max_replicas": 2}, faults=[first, second])
+    early = {"kind": "replica_loss", "at": "100 ms", "duration": "200 ms"}
+    serve_spec(faults=[early, {"kind": "replica_loss", "at": "300 ms", "duration": "1 s"}])
+
+
+def test_a_replica_can_be_lost_at_the_instant_that_it_comes_back() -> None:
+    first = {"kind": "replica_loss", "at": "1 s", "duration": "2 s"}
+    served = []
+    for at in ("3 s", "3.001 s"):
+        found = play([(4.0, 1, 1)], faults=[first, {"kind": "replica_loss", "at": at, "duration": "10 s"}])
+        served.append(found.records[0].first_token_s)
+    assert served[0] >= 13.0
+    assert served[1] == pytest.approx(served[0] + 0.001)
 
 
 def test_cold_start_and_autoscaler() -> None:

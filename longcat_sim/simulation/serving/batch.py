@@ -80,6 +80,11 @@ class Batch:
         """Sequences in the batch at the last boundary."""
         return self.batch + len(self.prefilling)
 
+    @property
+    def cache_use(self) -> float:
+        """Share of the KV blocks that running requests hold; what is only cached could be had."""
+        return 1 - (self._room() - self._decode_blocks(0)) / self.cache.capacity
+
     def _decode_blocks_bound(self, steps: int) -> int:
         """Return at least the blocks that the decoding sequences hold ``steps`` steps from now, in O(1)."""
         batch = self.batch

@@ -19,7 +19,7 @@ from longcat_sim.simulation.serving import draws
 from longcat_sim.simulation.serving.clock import ARRIVAL, COMPOSE, FAULT, SCALE, TRANSFER, Call
 from longcat_sim.simulation.serving.kv_cache import Tier
 from longcat_sim.simulation.serving.pools import NS, Engine, KvLink, PoolRun
-from longcat_sim.simulation.serving.published_loads import PublishedLoads
+from longcat_sim.simulation.serving.published_loads import WAITING_WEIGHT, PublishedLoads
 from longcat_sim.simulation.serving.replica import IDLE, Replica
 from longcat_sim.simulation.serving.request import COMPLETED, FAILED, REJECTED, Columns, GapHistogram, Request
 from longcat_sim.simulation.serving.slowdowns import Slowdowns
@@ -211,17 +211,16 @@ class Cluster:
         plus tokens of the active prompts, the cost of NVIDIA Dynamo's KV router with weight 1.
         """
         live = pool.live
+        now: int = self.env._now  # type: ignore[assignment]
         if self.loads is not None and self.router == "least_loaded":
-            now: int = self.env._now  # type: ignore[assignment]
-            return live[self.loads.choose(now, [replica.index for replica in live])]
+            return pool.replicas[self.loads.choose(now)]
         if self.router == "round_robin":
             pool.turn += 1
             return live[(pool.turn - 1) % len(live)]
         if self.router == "prefix_aware" and pool is self.entry and request.chain:
-            now = self.env._now  # type: ignore[assignment]
             costs = [r.queued_tokens + r.active_tokens - r.hit_tokens(request, now) for r in live]
         else:
-            costs = [4 * len(r.waiting) + r.batch + len(r.prefilling) for r in live]
+            costs = [WAITING_WEIGHT * len(r.waiting) + r.num_running for r in live]
         return live[costs.index(min(costs))]
 
     # -- what replicas report -------------------------------------------------------------------------------------
@@ -229,6 +228,8 @@ class Cluster:
         """Record a completed request and send what its answer causes."""
         if replica.pool.name == "decode":
             self.columns.decode_replica[request.id] = replica.index
+        if self.loads is not None:
+            self.loads.finish(replica.index)
         self._close(request, COMPLETED)
 
     def _close(self, request: Request, status: int, reason: str = "") -> None:
@@ -370,7 +371,8 @@ class Cluster:
                 request.restart()
                 self._dispatch(request)
         if end is not None:
-            self.at(end, FAULT, lambda _: None if replica.is_up else self._start(replica, True))
+            # before faults of the same instant: the next one may strike it again
+            self.at(end, FAULT - 1, lambda _: None if replica.is_up else self._start(replica, True))
 
     def _schedule_scaling(self, scaler: Autoscaler) -> None:
         def tick(_: Any) -> None:

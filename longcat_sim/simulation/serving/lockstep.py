@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from longcat_sim.simulation.serving.published_loads import BalancerRules, PublishedLoads
+from longcat_sim.simulation.serving.published_loads import BalancerRules, Load, PublishedLoads
 from longcat_sim.simulation.serving.replica import IDLE, Replica
+from longcat_sim.simulation.serving.request import NEVER
 
 if TYPE_CHECKING:
     from longcat_sim.simulation.serving.cluster import Cluster
@@ -16,13 +17,15 @@ class Lockstep:
     """Lets its members decide together at common boundaries and gives their steps one common time."""
 
     def __init__(self, cluster: Cluster, members: Sequence[Replica], rules: BalancerRules) -> None:
-        self.loads = cluster.loads = PublishedLoads(len(members), rules)
         self.cluster = cluster
         self.members = list(members)
+        self.loads = PublishedLoads(len(members), rules)
         self.times: Any = members[0].times
+        self.is_async = members[0].is_async
         self.shapes: dict[Replica, tuple[list[int], Sequence[tuple[int, int]]]] = {}
-        self.ends = 0
+        self.ends = -1
         self.started = 0
+        self.steps = 0
         self.is_composing = False
         for member in members:
             assert member.is_detailed
@@ -45,16 +48,24 @@ class Lockstep:
         now: int = self.cluster.env._now  # type: ignore[assignment]
         self.is_composing = False
         self.shapes.clear()
+        has_ended = self.ends == now
+        joined = self.started if has_ended else now
+        if has_ended and not self.is_async:  # a rank reports before it decides what comes next
+            self._report(now, joined)
         for member in self.members:
-            member.cutoff = self.started if self.ends == now and member.is_async else now
+            member.cutoff = joined if self.is_async else now
             if member.phase == IDLE and member.is_up:
                 member.compose(now)
-            arrived = now if self.loads.rules.counts_arrivals else member.cutoff
-            waiting = sum(request.queued <= arrived for request in member.waiting)
-            self.loads.report(now, member.index, waiting, member.batch + len(member.prefilling))
+        if self.is_async:  # what comes next was decided while the last step ran
+            self._report(now, joined)
+        self.steps += 1
+        if self.loads.rules.counts_arrivals:
+            self._report(now, now)
         if not self.shapes:
             members = [m for m in self.members if m.waiting]
-            if members and self.ends == now:  # nothing was left to run: the decision is taken now
+            if members and has_ended:  # nothing was left to run: the decision is taken now
+                for member in members:
+                    member.ghosts = member.ghost_blocks = 0
                 self.ends = -1
                 self.compose_soon()
             return
@@ -62,3 +73,9 @@ class Lockstep:
         self.started, self.ends = now, now + duration
         for member in self.shapes:
             member.set_duration(duration, now)
+
+    def _report(self, now: int, joined: int) -> None:
+        """Let every member report what waits there since ``joined`` or was thrown out of its batch, and what runs."""
+        for member in self.members:
+            waiting = sum(request.queued <= joined or request.scheduled != NEVER for request in member.waiting)
+            self.loads.report(now, self.steps, member.index, Load(waiting, member.num_running, member.cache_use))

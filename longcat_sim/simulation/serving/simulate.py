@@ -96,6 +96,21 @@ def _check_scheduler(serve: Serve, acceptance: tuple[float, ...]) -> None:
         )
 
 
+def _check_lockstep(serve: Serve) -> None:
+    scheduler = serve.scheduler
+    cannot = {
+        "serve.prefill": serve.is_disaggregated,
+        "serve.faults": bool(serve.faults),
+        "serve.autoscaler": serve.autoscaler is not None,
+        "serve.max_queue": serve.max_queue is not None,
+        "serve.scheduler.policy: priority": scheduler.policy == "priority",
+        "serve.scheduler.multi_step": scheduler.multi_step > 1,
+    }
+    given = [name for name, is_given in cannot.items() if is_given]
+    if given:
+        raise SpecError(f"ranks in lockstep: expected none of {', '.join(cannot)}; got {', '.join(given)}; remove it")
+
+
 def simulate_serving(
     serve: Serve,
     engines: Engine | Mapping[str, Engine],
@@ -119,7 +134,8 @@ def simulate_serving(
 
     Raises:
         WorkloadError: the trace cannot be read, or holds too many faulty rows.
-        SpecError: pools and engines do not match, or a decode step does not fit in the token budget.
+        SpecError: pools and engines do not match, a decode step does not fit in the token budget, or ranks in lockstep
+            are given what they cannot do.
     """
     start_wall = time.perf_counter()
     by_name = {"shared": engines} if isinstance(engines, Engine) else dict(engines)
@@ -136,6 +152,8 @@ def simulate_serving(
             "such as --set serve.workload.trace=conversation.jsonl"
         )
     _check_scheduler(serve, acceptance)
+    if lockstep is not None:
+        _check_lockstep(serve)
     source: Any = requests
     if source is None:
         source = TraceReader(serve) if serve.workload.trace is not None else Synthetic(serve, seed)
@@ -148,7 +166,7 @@ def simulate_serving(
         serve, by_name, kv_link, acceptance, request_seed(seed), source, columns, step_by_step, debug, window
     )
     if lockstep is not None:
-        Lockstep(cluster, cluster.entry.replicas, lockstep)
+        cluster.loads = Lockstep(cluster, cluster.entry.replicas, lockstep).loads
     collects = gc.isenabled()
     gc.disable()  # a run makes millions of objects and no cycles to collect
     try:

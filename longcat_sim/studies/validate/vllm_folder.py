@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 from longcat_sim.calibration.engine_links import PCIE5_PAIR, Link, law_link, measured_link
 from longcat_sim.errors import MeasurementError, WorkloadError
+from longcat_sim.simulation.serving.published_loads import BalancerRules
 from longcat_sim.specs.hardware import load_hardware
 from longcat_sim.specs.loading import read_yaml
 from longcat_sim.specs.model import ModelSpec, model_names, model_spec
@@ -231,8 +233,19 @@ class RunFolder:
 
     @property
     def version(self) -> tuple[int, ...]:
-        """vLLM's version, two numbers."""
-        return tuple(int(part) for part in str(self.meta.get("vllm_version") or "").split(".")[:2] if part.isdigit())
+        """vLLM's version, two numbers; none where it does not begin with two, or is a build's own (0.1.dev)."""
+        found = re.match(r"v?(\d+)\.(\d+)(?!\.dev)", str(self.meta.get("vllm_version") or ""))
+        return tuple(map(int, found.groups())) if found else ()
+
+    def balancer(self) -> BalancerRules:
+        """Return how the front end deals requests out to data-parallel ranks."""
+        if not self.version:
+            warnings.warn(
+                f"{self.path / 'meta.json'}: no release in vllm_version: requests are dealt out to ranks as before "
+                'vLLM 0.22; add it, as "0.19.0"',
+                stacklevel=2,
+            )
+        return BalancerRules.of(self.version)
 
     @property
     def is_async(self) -> bool:

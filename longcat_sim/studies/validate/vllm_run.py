@@ -10,6 +10,7 @@ simulator's own, with the times of ``calibration.engine_times``.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,15 @@ def _times(folder: RunFolder, model: ModelSpec) -> EngineTimes:
             f"{folder.path / 'profile'}: expected tp{tp}/moe.csv, the times of the experts of {model.name}; there is "
             "none; profile the experts on the card"
         )
-    profile = profile.with_experts_in_memory(2.0 * model.expert_parameters, folder.cache_bytes)
+    is_expert_parallel = bool(folder.setting("parallel_config", "enable_expert_parallel"))
+    if profile.has_forced_experts and not folder.cache_bytes:
+        warnings.warn(
+            f"{folder.path / 'profile' / 'meta.yaml'}: gpu: no packaged card of that name: times of few experts may be "
+            "those of weights in its cache",
+            stacklevel=2,
+        )
+    expert_bytes = 2.0 * model.expert_parameters / (1 if is_expert_parallel else tp * dp)
+    profile = profile.with_experts_in_memory(expert_bytes, folder.cache_bytes)
     if not profile.skew.shares:
         warnings.warn(
             f"{folder.path / 'profile'}: no skew.csv for tensor parallelism {tp}: decode batches are taken at their "
@@ -67,7 +76,7 @@ def _times(folder: RunFolder, model: ModelSpec) -> EngineTimes:
         folder.max_num_seqs,
         tp_size=tp,
         dp_size=dp,
-        is_expert_parallel=bool(folder.setting("parallel_config", "enable_expert_parallel")),
+        is_expert_parallel=is_expert_parallel,
         link=folder.link() if tp * dp > 1 else None,
         is_eager=folder.is_eager,
         has_one_shot=folder.has_own_all_reduce,
@@ -120,7 +129,7 @@ class Recording:
         rows.sort(key=lambda row: row["arrival_time"])
         for row in rows:
             row["arrival"] = row["arrival_time"] + offset
-        rules = BalancerRules.of(folder.version) if times.dp_size > 1 and model.num_moe_layers else None
+        rules = folder.balancer() if times.dp_size > 1 and model.num_moe_layers else None
         return cls(rows, times, serve, blocks, rules, folder.cached_share())
 
     def simulate(self, scale: float = 1.0) -> ServingResult:
@@ -141,17 +150,14 @@ class Recording:
         return simulate_serving(self.serve, engine, requests=requests, lockstep=self.rules)
 
 
-def _latencies(result: ServingResult) -> dict[str, FloatArray]:
-    """Return what was predicted, in seconds, of the requests that were served."""
-    columns = result.records
-    first, last, arrival = (columns.numpy(name) * 1e-9 for name in ("first", "last", "arrival"))
-    tokens = columns.numpy("output")
-    done = columns.numpy("status") == COMPLETED
-    many = (tokens > 1) & done
+def _latencies(times: Iterable[FloatArray], tokens: FloatArray) -> dict[str, FloatArray]:
+    """Return what is compared, in seconds, of (arrival, first token, last token) and the tokens of the answers."""
+    arrival, first, last = times
+    many = tokens > 1
     return {
-        "ttft_s": (first - arrival)[done],
+        "ttft_s": first - arrival,
         "tpot_s": (last - first)[many] / (tokens[many] - 1),
-        "e2e_s": (last - arrival)[done],
+        "e2e_s": last - arrival,
     }
 
 
@@ -163,28 +169,43 @@ def run(directory: Path) -> dict[str, Any]:
     """Return {"ttft_s" | "tpot_s" | "e2e_s": {"mean" | "p50" | "p90" | "p99": {predicted, measured, error, spread}}}.
 
     ``predicted`` is the mean over runs whose steps are up to ``STEP_TIME_ERROR`` shorter or longer, ``spread`` their
-    standard deviation over it, ``error`` is predicted / measured - 1.
+    standard deviation over it, ``error`` is predicted / measured - 1. Requests that no run can serve are left out of
+    both, and so is a quantity that nobody measured (time per token of answers of one).
+
+    Raises:
+        MeasurementError: as ``Recording.read``, or none of the requests fits.
     """
     recording = Recording.read(Path(directory))
-    scales = 1 + np.linspace(-STEP_TIME_ERROR, STEP_TIME_ERROR, RUNS)
-    runs = [_latencies(recording.simulate(scale)) for scale in scales]
-    arrived, begun, ended, generated = (
-        np.array([row[key] for row in recording.rows], dtype=float)
-        for key in ("arrival", "first_token_ts", "last_token_ts", "output_toks")
+    columns = [recording.simulate(scale).records for scale in 1 + np.linspace(-STEP_TIME_ERROR, STEP_TIME_ERROR, RUNS)]
+    served = np.all([each.numpy("status") == COMPLETED for each in columns], axis=0)
+    if not served.all():
+        left = int((~served).sum())
+        reason = next(iter(columns[0].reasons.values()), "not served")
+        said = f"{Path(directory) / 'requests.jsonl'}: {left} of {len(served)} requests cannot be served ({reason})"
+        if not served.any():
+            raise MeasurementError(f"{said}; expected the deployment that served them; mend its memory or KV blocks")
+        warnings.warn(f"{said}; they are left out of both sides", stacklevel=2)
+    tokens = columns[0].numpy("output")[served].astype(float)
+    runs = [
+        _latencies((each.numpy(name)[served] * 1e-9 for name in ("arrival", "first", "last")), tokens)
+        for each in columns
+    ]
+    times = (
+        np.array([row[key] for row in recording.rows], dtype=float)[served]
+        for key in ("arrival", "first_token_ts", "last_token_ts")
     )
-    measured = {
-        "ttft_s": begun - arrived,
-        "tpot_s": (ended - begun)[generated > 1] / (generated[generated > 1] - 1),
-        "e2e_s": ended - arrived,
-    }
     table: dict[str, Any] = {}
-    for name, values in measured.items():
+    for name, values in _latencies(times, tokens).items():
+        if not len(values) or not values.any():
+            warnings.warn(f"{Path(directory) / 'requests.jsonl'}: nothing was measured of {name}", stacklevel=2)
+            continue
         theirs = _statistics(values)
-        each = [_statistics(found[name]) for found in runs]
+        each_run = [_statistics(found[name]) for found in runs]
         table[name] = {}
         for key, truth in theirs.items():
-            ours = [found[key] for found in each]
-            mean = float(np.mean(ours))
-            spread = float(np.std(ours)) / mean
-            table[name][key] = {"predicted": mean, "measured": truth, "error": mean / truth - 1, "spread": spread}
+            ours = np.array([found[key] for found in each_run])
+            error = ours.mean() / truth - 1 if truth else None
+            spread = ours.std() / ours.mean()
+            cell = {"predicted": ours.mean(), "measured": truth, "error": error, "spread": spread}
+            table[name][key] = {what: None if figure is None else float(figure) for what, figure in cell.items()}
     return table
