@@ -86,14 +86,15 @@ class CapacityResult:
             *(_line(name, text) for name, text in self._answer()),
             _line("binds", self.binding["sentence"]),
             "",
-            f"why it wins (the best that chose otherwise; screened {WORDS[search_of(self.scenario).objective]}):",
+            f"why it wins (the best that chose otherwise, by {WORDS[search_of(self.scenario).objective]}):",
         ]
         others: dict[str, list[Mapping[str, Any]]] = {}
         for row in self.why:
             others.setdefault(row["deployment"], []).append(row)
         for deployment, rows in others.items():
             choices = ", ".join(f"{row['choice']} {row['value']}" for row in rows)
-            lines.append(f"  {rows[0]['ratio']:.3g} x with {choices}: {deployment}")
+            how = "" if rows[0].get("is_simulated") else " (screened only)"
+            lines.append(f"  {rows[0]['ratio']:.3g} x with {choices}: {deployment}{how}")
         if not self.why:
             lines.append("  nothing else was possible")
         if self.rejected:

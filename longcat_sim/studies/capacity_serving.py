@@ -89,7 +89,7 @@ def serving_capacity(
     began = time.perf_counter()
     rows: list[Survivor] = []
     winner = None
-    while chosen and winner is None:
+    while chosen:
         cases = [scenario.what_if(screened.changes[i]) for i in chosen]
         points = sweep(cases, simulate_fleet, executor, store=store, progress=progress)
         rows += [Survivor(i, screened.row(i), p.figures, p.faults) for i, p in zip(chosen, points, strict=True)]
@@ -97,7 +97,10 @@ def serving_capacity(
         chosen = _next(rows, screened, ranked, values, scenario)
         if not chosen:
             winner = _choose(rows, scenario, executor)
-            chosen = _next(rows, screened, ranked, values, scenario) if winner is None else []
+            if winner is None:
+                chosen = _next(rows, screened, ranked, values, scenario)
+            else:
+                chosen = _one_fewer(winner, rows, screened, ranked, scenario)
     if winner is None:
         raise _none_keeps_it(rows, scenario)
     best = scenario.what_if(screened.changes[winner.at])
@@ -137,7 +140,7 @@ def serving_capacity(
         )
     if scenario.draws == 1:
         notes.append("draws: 1 is a point estimate, without intervals or a probability; --set draws=16 gives both")
-    reasons = _why(screened, winner, scenario, within & ~failed)
+    reasons = _why(screened, winner, rows, scenario, within & ~failed)
     return CapacityResult(
         scenario, winner, rows, [good[i].to_json() for i in shown], _binding(left, rate),
         reasons, dict(rejected.counts), rate, screened.looked_at, len(values),
@@ -277,11 +280,32 @@ def _choose(rows: list[Survivor], scenario: Scenario, executor: Executor | None)
     objective, sense = objective_of(scenario)
     kept = sorted((row for row in rows if _keeps(row, scenario)), key=lambda row: row.figure(objective) * sense)
     assessed = sum("probability" in (row.figures or {}) for row in rows)
-    for row in kept[: max(0, MOST_ASSESSED - assessed)]:
-        row.figures = assess_fleet(scenario.what_if(row.screened["changes"]), executor, known=row.figures)
+    for row in kept:
+        if "probability" not in (row.figures or {}):
+            if assessed == MOST_ASSESSED:
+                continue
+            assessed += 1
+            row.figures = assess_fleet(scenario.what_if(row.screened["changes"]), executor, known=row.figures)
         if _keeps(row, scenario):
             return row
     return None
+
+
+def _one_fewer(
+    winner: Survivor, rows: list[Survivor], screened: ScreenedFleets, ranked: list[int], scenario: Scenario
+) -> list[int]:
+    """Return the fleets with one replica less than the best so far that were not simulated and may keep the level: the
+    fluid model that ruled them out is rougher than one replica."""
+    done = {row.at for row in rows}
+    too_small = [_parts(row.screened["changes"]) for row in rows if row.figures and not _keeps(row, scenario)]
+    rest, counts = _parts(winner.screened["changes"])
+    fewer = {(rest, (*counts[:at], counts[at] - 1, *counts[at + 1 :])) for at in range(len(counts))}
+    found = []
+    for i in ranked:
+        parts = _parts(screened.changes[i])
+        if i not in done and parts in fewer and not any(_is_no_larger(parts, other) for other in too_small):
+            found.append(i)
+    return found[: max(0, MOST_SIMULATED - len(rows))]
 
 
 def _none_keeps_it(rows: list[Survivor], scenario: Scenario) -> CapacityError:
@@ -324,24 +348,34 @@ def _closest(screened: ScreenedFleets, scenario: Scenario, ttft: float | None, t
     )
 
 
-def _why(screened: ScreenedFleets, winner: Survivor, scenario: Scenario, within: Any) -> list[dict[str, Any]]:
-    """Return, for each choice of the winner, the best fleet that chose otherwise and how much worse it is."""
+def _why(
+    screened: ScreenedFleets, winner: Survivor, rows: list[Survivor], scenario: Scenario, within: Any
+) -> list[dict[str, Any]]:
+    """Return, for each choice of the winner, the best fleet that chose otherwise and how much worse it is: of those
+    that were simulated and keep the level, else of the screened ones."""
     objective, sense = objective_of(scenario)
     values = screened.columns[objective] * sense
     flat = [_choices(changes) for changes in screened.changes]
-    rows = []
+    kept = {row.at: row.figure(objective) for row in rows if row is not winner and _keeps(row, scenario)}
+    found = []
     for name, value in flat[winner.at].items():
-        others = np.array([choices.get(name) != value for choices in flat]) & within
-        if others.any():
-            at = int(np.flatnonzero(others)[np.argmin(values[others])])
-            rows.append(
-                {
-                    "choice": name, "value": flat[at].get(name), "instead_of": value,
-                    "deployment": screened.labels[at], "objective": objective,
-                    "ratio": float(screened.columns[objective][at] / screened.columns[objective][winner.at]),
-                }
-            )  # fmt: skip
-    return rows
+        others = np.array([choices.get(name) != value for choices in flat])
+        simulated = [at for at in kept if others[at]]
+        if simulated:
+            at = min(simulated, key=lambda one: kept[one] * sense)
+            ratio = kept[at] / winner.figure(objective)
+        elif (others & within).any():
+            at = int(np.flatnonzero(others & within)[np.argmin(values[others & within])])
+            ratio = float(screened.columns[objective][at] / screened.columns[objective][winner.at])
+        else:
+            continue
+        found.append(
+            {
+                "choice": name, "value": flat[at].get(name), "instead_of": value, "deployment": screened.labels[at],
+                "objective": objective, "ratio": ratio, "is_simulated": bool(simulated),
+            }
+        )  # fmt: skip
+    return found
 
 
 def _choices(changes: Mapping[str, Any]) -> dict[str, Any]:
