@@ -19,6 +19,7 @@ from longcat_sim.calibration.profile_tables import (
     numbers,
     table_header,
     table_rows,
+    timed,
 )
 from longcat_sim.errors import MeasurementError
 
@@ -82,10 +83,10 @@ class AttentionTable:
         extra = [name for name in ("decode_q_len", "layer") if name in header]
         columns.extend((name,) for name in extra)
         kernels: set[str] = set()
-        for row in table_rows(path, columns):
-            chunk, keys, count, kv, time = numbers(path, row[:5])
+        for where, row in table_rows(path, columns):
+            chunk, keys, count, kv, time = timed(where, row[:5])
             more = dict(zip(extra, row[5:], strict=True))
-            if float(more.get("decode_q_len") or 1) != 1:
+            if numbers(where, [more.get("decode_q_len") or "1"]) != [1]:
                 continue
             kernels.add(more.get("layer", "attention"))
             before = keys - chunk / 2 if has_keys else keys
@@ -205,12 +206,13 @@ class SkewTable:
                 "is this a table of unequal contexts?"
             )
         rows = []
-        for values in table_rows(path, [(name,) for name in (*names, "t_skew_us")]):
+        for where, values in table_rows(path, [(name,) for name in (*names, "t_skew_us")]):
             cells = dict(zip(names, values, strict=False))
             if all(cells.get(name) for name in ("n", "pc", "t_mean_us", "t_max_us")):
-                rows.append(numbers(path, [*(cells[n] for n in ("n", "pc", "t_mean_us", "t_max_us")), values[-1]]))
+                given = [*(cells[n] for n in ("n", "pc", "t_mean_us", "t_max_us")), values[-1]]
+                rows.append(timed(where, given, num_times=3))
             elif cells.get("requests_json"):
-                rows.append([*_controls(cells["requests_json"], attention), *numbers(path, values[-1:])])
+                rows.append([*_controls(where, cells["requests_json"], attention), *timed(where, values[-1:])])
         pools: dict[tuple[int, int, int], list[tuple[float, float]]] = defaultdict(list)
         for row in rows:
             count, tokens, low, high, time = row
@@ -237,9 +239,14 @@ class SkewTable:
         return 0.0
 
 
-def _controls(requests: str, attention: AttentionTable) -> tuple[float, float, float, float]:
+def _controls(where: str, requests: str, attention: AttentionTable) -> tuple[float, float, float, float]:
     """Return (decode count, prefill tokens, us at the mean context, us at the longest) of [[query, history], ...]."""
-    pairs = json.loads(requests)
+    try:
+        pairs = [(int(query), int(past)) for query, past in json.loads(requests)]
+    except (json.JSONDecodeError, TypeError, ValueError) as fault:
+        raise MeasurementError(
+            f"{where}: expected requests_json as [[query, history], ...], such as [[1, 512], [1, 4096]]; got {fault}"
+        ) from None
     contexts = [past for query, past in pairs if query == 1] or [0]
     tokens = sum(query for query, _ in pairs if query > 1)
     keys = sum(query * (past + query / 2) for query, past in pairs if query > 1)

@@ -160,8 +160,11 @@ class CollectiveTimes:
         """Return what ``to_fit`` wrote, with the links that ``hardware`` has now.
 
         Raises:
-            ValueError: a curve's bytes do not rise from 0 on, or it has other than one positive time for each.
+            ValueError: a curve's bytes do not rise from 0 on, or it has other than one positive time for each; a
+                link's bandwidth is not positive, or the gap negative.
         """
+        if min(section["reference"].values(), default=1) <= 0 or section["kernel_gap_us"] < 0:
+            raise ValueError(f"reference {section['reference']} and kernel_gap_us {section['kernel_gap_us']}")
         for row in section["curves"]:
             rises = row["bytes"] and row["bytes"][0] >= 0 and all(low < high for low, high in pairwise(row["bytes"]))
             if not rises or len(row["bytes"]) != len(row["us"]) or min(row["us"]) <= 0 or row["ranks"] < 1:

@@ -11,21 +11,29 @@ import binascii
 import math
 import zlib
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
+from pydantic import Field, field_validator
 
 from longcat_sim.calibration.collectives import CollectiveTimes
-from longcat_sim.calibration.fitted import FittedLaw
+from longcat_sim.calibration.fitted import LEVELS, FittedLaw
 from longcat_sim.calibration.laws import LAWS, Device
+from longcat_sim.calibration.weights import num_weights
 from longcat_sim.errors import MeasurementError, SpecError
 from longcat_sim.ops.op import FloatArray
 from longcat_sim.records.files import write_text
+from longcat_sim.specs.base import Part
 from longcat_sim.specs.hardware import HardwareSpec, load_hardware
+from longcat_sim.specs.loading import validate
 
 SCHEMA = 5
+AGAIN = "write the fit again with `calibrate`"
+NotNegative = Annotated[float, Field(ge=0)]
 STEP = 0.01
 """Resolution of a packed correction; far below any fit's error."""
 
@@ -89,40 +97,113 @@ def write_section(
     return section
 
 
-def _law(document: Mapping[str, Any]) -> FittedLaw:
-    _check_finite(document)
-    names = LAWS[document["kind"]].coordinates
-    axes: list[FloatArray] = [np.array(document["sizes"][name], dtype=float) for name in names]
+class _Reference(Part):
+    """As ``laws.Device``."""
+
+    peak: Annotated[float, Field(gt=0)]
+    bandwidth: Annotated[float, Field(gt=0)]
+    sm_count: NotNegative
+    cache_bytes: NotNegative
+
+
+class _Law(Part):
+    """A law as it stands in the file."""
+
+    kind: str
+    dtype: Literal["fp32", "tf32", "bf16", "fp16", "fp8", "int8", "fp4", "nvfp4"]
+    variant: str = ""
+    transferred_from: str = ""
+    points: Annotated[int, Field(ge=0)]
+    sources: tuple[str, ...]
+    errors: dict[str, dict[str, float]]
+    reference: _Reference
+    weights: list[NotNegative]
+    """A law with a negative one would fall as a size grows."""
+    sizes: dict[str, list[NotNegative]]
+    wide: bool = False
+    correction: str
+    measured: str
+    correlation: Annotated[float, Field(ge=-1, le=1)]
+    residuals: dict[Literal["interpolated", "extrapolated"], list[float]]
+    draws: Annotated[int, Field(ge=0)] = 0
+    draw_weights: str = ""
+
+    @field_validator("kind")
+    @classmethod
+    def _is_known(cls, kind: str) -> str:
+        if kind not in LAWS:
+            raise ValueError(f"expected one of {', '.join(LAWS)}; got {kind!r}")
+        return kind
+
+    @field_validator("sizes")
+    @classmethod
+    def _sizes_rise(cls, sizes: dict[str, list[float]]) -> dict[str, list[float]]:
+        for name, axis in sizes.items():
+            if not axis or any(low >= high for low, high in pairwise(axis)):
+                raise ValueError(f"expected {name} to rise, such as [1, 2, 4]; got {axis}")
+        return sizes
+
+    @field_validator("residuals")
+    @classmethod
+    def _residuals_rise(cls, residuals: dict[str, list[float]]) -> dict[str, list[float]]:
+        for name, quantiles in residuals.items():
+            if len(quantiles) != len(LEVELS) or any(low > high for low, high in pairwise(quantiles)):
+                raise ValueError(f"expected {name} to hold {len(LEVELS)} quantiles that rise; got {quantiles}")
+        return residuals
+
+
+def _cells(packed: str, dtype: Any, count: int, name: str) -> Any:
+    """Return ``count`` packed cells, flat.
+
+    Raises:
+        ValueError: there are more or fewer, or they cannot be unpacked.
+    """
+    try:
+        data = _unpack(packed)
+    except (zlib.error, binascii.Error):
+        raise ValueError(f"{name}: expected packed cells; got text that is cut short or was changed") from None
+    if len(data) != count * np.dtype(dtype).itemsize:
+        raise ValueError(f"{name}: expected {count} cells; got {len(data) / np.dtype(dtype).itemsize:g}")
+    return np.frombuffer(data, dtype=dtype)
+
+
+def _law(document: Any, where: str) -> FittedLaw:
+    """Return the law of a mapping.
+
+    Raises:
+        SpecError, ValueError: it is not what ``write_section`` writes.
+    """
+    law = validate(_Law, document, where=where)
+    device, names = Device(**dict(law.reference)), LAWS[law.kind].coordinates
+    if set(law.sizes) != set(names):
+        raise ValueError(f"sizes: expected {', '.join(names)}; got {', '.join(law.sizes)}")
+    wanted = num_weights(law.kind, law.dtype, device)
+    if len(law.weights) != wanted:
+        raise ValueError(f"weights: expected {wanted}; got {len(law.weights)}")
+    axes: list[FloatArray] = [np.array(law.sizes[name], dtype=float) for name in names]
     shape = tuple(len(axis) for axis in axes)
-    cell = np.int16 if document.get("wide") else np.int8
-    correction = np.frombuffer(_unpack(document["correction"]), dtype=cell).astype(float) * STEP
-    measured = np.unpackbits(np.frombuffer(_unpack(document["measured"]), dtype=np.uint8), count=int(np.prod(shape)))
-    weights = np.array(document["weights"], dtype=float)
-    draws = np.zeros((0, len(weights)))
-    if "draw_weights" in document:
-        draws = np.frombuffer(_unpack(document["draw_weights"]), dtype=np.float32).astype(float)
-        draws = draws.reshape(document["draws"], len(weights))
-    if (weights < 0).any() or (draws < 0).any():
-        raise ValueError("a negative weight, with which a law would fall as a size grows")
-    for name, axis in zip(names, axes, strict=True):
-        if not len(axis) or axis[0] < 0 or (np.diff(axis) <= 0).any():
-            raise ValueError(f"sizes of {name} that do not rise: {document['sizes'][name]}")
+    cells = prod(shape)
+    correction = _cells(law.correction, np.int16 if law.wide else np.int8, cells, "correction").astype(float) * STEP
+    measured = np.unpackbits(_cells(law.measured, np.uint8, -(-cells // 8), "measured"), count=cells)
+    draws = _cells(law.draw_weights, np.float32, law.draws * wanted, "draw_weights") if law.draws else np.zeros(0)
+    if (draws < 0).any():
+        raise ValueError("draw_weights: expected 0 or more; got a negative weight")
     return FittedLaw(
-        document["kind"],
-        document["dtype"],
-        document.get("variant", ""),
-        Device(**document["reference"]),
-        weights,
+        law.kind,
+        law.dtype,
+        law.variant,
+        device,
+        np.array(law.weights, dtype=float),
         axes,
         correction.reshape(shape),
         measured.astype(bool).reshape(shape),
-        document["points"],
-        draws,
-        {name: np.array(quantiles) for name, quantiles in document["residuals"].items()},
-        document["correlation"],
-        document["errors"],
-        tuple(document["sources"]),
-        document.get("transferred_from", ""),
+        law.points,
+        draws.astype(float).reshape(law.draws, wanted),
+        {name: np.array(quantiles) for name, quantiles in law.residuals.items()},
+        law.correlation,
+        law.errors,
+        law.sources,
+        law.transferred_from,
     )
 
 
@@ -142,8 +223,6 @@ def _says(error: Exception) -> str:
     """Return what is wrong with a section, for the person who reads the file."""
     if isinstance(error, KeyError):
         return f"no {error.args[0]!r}"
-    if isinstance(error, zlib.error | binascii.Error):
-        return "a packed grid that is cut short or was changed"
     return str(error)
 
 
@@ -156,7 +235,7 @@ def read_fit(hardware: HardwareSpec) -> tuple[dict[Any, FittedLaw], Any, dict[st
     section = hardware.fit
     if not section:
         return {}, None, {}, 64
-    where = f"hardware {hardware.name}: fit"
+    where = f"{hardware.where}: fit"
     if section.get("schema") != SCHEMA:
         raise MeasurementError(
             f"{where}: schema: expected {SCHEMA}; got {section.get('schema')!r}; "
@@ -167,14 +246,14 @@ def read_fit(hardware: HardwareSpec) -> tuple[dict[Any, FittedLaw], Any, dict[st
     if not isinstance(listed, list | tuple):
         raise MeasurementError(f"{where}: laws: expected a list; got {listed!r}; write the fit again with `calibrate`")
     for number, document in enumerate(listed, start=1):
+        names = [document.get(key) for key in ("kind", "dtype", "variant")] if isinstance(document, dict) else []
+        at = f"{where}: laws: {' '.join(map(str, filter(None, names))) or f'number {number}'}"
         try:
-            laws.append(_law(document))
-        except (KeyError, ValueError, TypeError, AttributeError, zlib.error) as error:
-            names = [document.get(key) for key in ("kind", "dtype", "variant")] if isinstance(document, dict) else []
-            faults.append(
-                f"{where}: laws: {' '.join(map(str, filter(None, names))) or f'number {number}'}: expected what "
-                f"`calibrate` writes; got {_says(error)}; write the fit again with `calibrate`"
-            )
+            laws.append(_law(document, at))
+        except SpecError as error:
+            faults += [f"{fault}; {AGAIN}" for fault in error.faults]
+        except ValueError as error:
+            faults.append(f"{at}: {error}; {AGAIN}")
     if faults:
         raise MeasurementError(faults)
     provenance = {key: value for key, value in section.items() if key not in ("schema", "laws", "collectives")}
@@ -196,7 +275,7 @@ def read_collectives(hardware: HardwareSpec) -> CollectiveTimes | None:
         return CollectiveTimes.from_fit(section, hardware)
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise MeasurementError(
-            f"hardware {hardware.name}: fit: collectives: expected what `calibrate` writes; got {_says(error)}; "
+            f"{hardware.where}: fit: collectives: expected what `calibrate` writes; got {_says(error)}; "
             "restore the section"
         ) from None
 

@@ -22,9 +22,9 @@ from longcat_sim.calibration.profile_tables import (
     CurveFamily,
     curve,
     interpolate,
-    numbers,
     table_header,
     table_rows,
+    timed,
 )
 from longcat_sim.errors import MeasurementError
 
@@ -34,8 +34,8 @@ TABLES = ("dense.csv", "per_sequence.csv", "attention.csv")
 
 def _curves(path: Path, axis: str) -> dict[str, Curve]:
     points: dict[str, dict[float, float]] = defaultdict(dict)
-    for layer, *row in table_rows(path, (("layer",), (axis,), ("time_us",))):
-        x, time = numbers(path, row)
+    for where, (layer, *row) in table_rows(path, (("layer",), (axis,), ("time_us",))):
+        x, time = timed(where, row)
         points[layer][x] = time
     return {layer: curve(p) for layer, p in points.items()}
 
@@ -173,9 +173,9 @@ class LayerProfile:
 
 def _read_moe(path: Path) -> dict[int, CurveFamily]:
     has_ep = "ep" in table_header(path)
-    columns = [("tokens", "local_tokens"), ("activated_experts",), ("time_us",), *([("ep",)] if has_ep else [])]
+    columns = [*([("ep",)] if has_ep else []), ("tokens", "local_tokens"), ("activated_experts",), ("time_us",)]
     nested: dict[int, dict[float, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
-    for row in table_rows(path, columns):
-        tokens, experts, time = numbers(path, row[:3])
-        nested[int(float(row[3])) if has_ep else 1][experts][tokens] = time
+    for where, row in table_rows(path, columns):
+        *degree, tokens, experts, time = timed(where, row)
+        nested[int(degree[0]) if degree else 1][experts][tokens] = time
     return {ep: CurveFamily.of(by_experts) for ep, by_experts in nested.items()}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from longcat_sim.calibration.profile_tables import Curve, CurveFamily, curve, interpolate, numbers, table_rows
+from longcat_sim.calibration.profile_tables import Curve, CurveFamily, curve, interpolate, numbers, table_rows, timed
 from longcat_sim.errors import MeasurementError
 
 LOCAL = ("gate_routing", "finalize_copy")
@@ -60,8 +60,8 @@ def read_components(folder: Path, tp_size: int, dp_size: int) -> MoeComponents |
     local: dict[str, dict[str, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
     surface: dict[str, dict[float, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))
     columns = [(name,) for name in ("component", "mode", "tokens", "activated_experts", "time_us")]
-    for part, mode, *row in table_rows(path, columns):
-        tokens, active, time = numbers(path, row)
+    for where, (part, mode, rows, experts, us) in table_rows(path, columns):
+        (tokens, time), (active,) = timed(where, [rows, us]), numbers(where, [experts])  # active -1: says nothing
         if part in LOCAL:
             local[mode][part][tokens] = time
         elif part == "experts" and active > 0:

@@ -58,37 +58,60 @@ class CurveFamily:
         return low if not weight else low + (interpolate(self.curves[known[j + 1]], x) - low) * weight
 
 
-def table_rows(path: Path, columns: Sequence[Sequence[str]]) -> list[list[str]]:
+Row = tuple[str, list[str]]
+"""("file:line", cells)"""
+
+
+def table_rows(path: Path, columns: Sequence[Sequence[str]]) -> list[Row]:
     """Return the named columns of a CSV file; each may have several names, the first that is there counts.
 
     Raises:
-        MeasurementError: the file or a column is missing.
+        MeasurementError: the file or a column is missing, or it is no CSV text.
     """
-    if not path.is_file():
+    lines = _cells(path)
+    if not lines:
         raise MeasurementError(f"{path}: expected a profile table; there is no such file; is this a profile folder?")
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        at = []
-        for names in columns:
-            found = next((name for name in names if name in header), None)
-            if found is None:
-                raise MeasurementError(
-                    f"{path}:1: expected a column {' or '.join(names)}; got {', '.join(header)}; is this that table?"
-                )
-            at.append(header.index(found))
-        rows = []
-        for row in reader:
-            if row and len(row) <= max(at):
-                raise MeasurementError(
-                    f"{path}:{reader.line_num}: expected {len(header)} values; got {len(row)}; mend it"
-                )
-            if row:
-                rows.append([row[i] for i in at])
-        return rows
+    header = lines[0][1]
+    at = []
+    for names in columns:
+        found = next((name for name in names if name in header), None)
+        if found is None:
+            raise MeasurementError(
+                f"{path}:1: expected a column {' or '.join(names)}; got {', '.join(header)}; is this that table?"
+            )
+        at.append(header.index(found))
+    rows = []
+    for where, row in lines[1:]:
+        if row and len(row) <= max(at):
+            raise MeasurementError(f"{where}: expected {len(header)} values; got {len(row)}; mend it")
+        if row:
+            rows.append((where, [row[i] for i in at]))
+    return rows
 
 
-def numbers(path: Path, row: Sequence[str]) -> list[float]:
+def table_header(path: Path) -> list[str]:
+    """Return the columns of a CSV file; none if there is no such file.
+
+    Raises:
+        MeasurementError: it is no CSV text.
+    """
+    lines = _cells(path)
+    return lines[0][1] if lines else []
+
+
+def _cells(path: Path) -> list[Row]:
+    """Return the rows of a CSV file, its header first; none if there is no such file."""
+    if not path.is_file():
+        return []
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.reader(file)
+            return [(f"{path}:{reader.line_num}", row) for row in reader] or [(f"{path}:1", [])]
+    except (UnicodeDecodeError, csv.Error) as fault:
+        raise MeasurementError(f"{path}: expected a CSV table, UTF-8 text; got {fault}; export it anew") from None
+
+
+def numbers(where: str, row: Sequence[str]) -> list[float]:
     """Return the values of a row.
 
     Raises:
@@ -99,13 +122,19 @@ def numbers(path: Path, row: Sequence[str]) -> list[float]:
     except ValueError:
         values = [float("nan")]
     if not all(isfinite(v) for v in values):
-        raise MeasurementError(f"{path}: expected numbers; got {', '.join(row)!r}; mend the row")
+        raise MeasurementError(f"{where}: expected numbers; got {', '.join(row)!r}; mend the row")
     return values
 
 
-def table_header(path: Path) -> list[str]:
-    """Return the columns of a CSV file; none if there is no such file."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return next(csv.reader(file), [])
+def timed(where: str, row: Sequence[str], num_times: int = 1) -> list[float]:
+    """Return sizes, and the times in us that end the row.
+
+    Raises:
+        MeasurementError: one is no number, a size is negative, or a time not positive.
+    """
+    values = numbers(where, row)
+    if min(values[-num_times:]) <= 0:
+        raise MeasurementError(f"{where}: expected a time above 0 us; got {', '.join(row)!r}; measure the row anew")
+    if min(values) < 0:
+        raise MeasurementError(f"{where}: expected sizes of 0 or more; got {', '.join(row)!r}; mend the row")
+    return values

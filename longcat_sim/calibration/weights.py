@@ -171,6 +171,12 @@ def columns(
     return stack(terms.serial, device.sm_rate), [compute, memory, *roof]
 
 
+def num_weights(kind: str, dtype: str, device: Device) -> int:
+    """Return how many weights the law of a kind has."""
+    ones = tuple(np.ones(1) for _ in LAWS[kind].coordinates)
+    return _edges(*columns(ones, kind, dtype, device))[-1]
+
+
 def law_parts(
     weights: FloatArray, coordinates: tuple[FloatArray, ...], kind: str, dtype: str, device: Device
 ) -> tuple[FloatArray, FloatArray, FloatArray]:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from longcat_sim.errors import SpecError
 from longcat_sim.specs.base import (
@@ -70,6 +70,7 @@ class HardwareSpec(Part):
     notes: str = ""
     fit: Mapping[str, Any] | None = Field(default=None, repr=False)
     """What ``calibrate`` wrote; read by ``calibration``."""
+    _file: str = PrivateAttr(default="")
 
     @model_validator(mode="after")
     def _sources_name_fields(self) -> HardwareSpec:
@@ -95,6 +96,11 @@ class HardwareSpec(Part):
             else:
                 names.append(key)
         return names
+
+    @property
+    def where(self) -> str:
+        """Where the profile stands, for messages: its file, or its name where it was made in code."""
+        return self._file or f"hardware {self.name}"
 
     @property
     def maker(self) -> str:
@@ -204,4 +210,5 @@ def _read_profile(path: Path, shown: str, mtime_ns: int, size: int) -> HardwareS
         faults += error.faults
     if faults:
         raise SpecError(faults)
+    spec._file = path.name
     return spec

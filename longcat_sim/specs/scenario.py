@@ -178,18 +178,47 @@ class Scenario:
 
 
 def _apply(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of ``document`` with values set by dotted path; missing mappings are made."""
-    result = json.loads(json.dumps(document, default=str))
+    """Return a copy of ``document`` with values set by dotted path; missing mappings are made.
+
+    An entry of a list is named by its place, ``acceptance.0`` or ``acceptance[0]``; a list of one mapping needs none.
+
+    Raises:
+        SpecError: a path into a list that names none of its places, or a place in what is no list.
+    """
+    result: dict[str, Any] = json.loads(json.dumps(document, default=str))
     for path, value in changes.items():
-        parts = path.split(".")
-        node = result
-        for part in parts[:-1]:
-            key, index = (part.split("[")[0], int(part.split("[")[1][:-1])) if part.endswith("]") else (part, None)
-            if not isinstance(node.get(key), (dict, list)):
-                node[key] = {}
-            node = node[key] if index is None else node[key][index]
-        node[parts[-1]] = deepcopy(value)  # a later path may set something inside it
+        parts = path.replace("[", ".[").split(".")
+        if not all(parts):
+            raise SpecError(f"expected names joined by single dots, such as deployment.overlap; got {path!r}")
+        _put(result, parts, deepcopy(value), "")  # a later path may set something inside the value
     return result
+
+
+def _put(node: Any, parts: Sequence[str], value: Any, where: str) -> None:
+    """Set ``value`` at ``parts`` below ``node``, which lies at ``where``."""
+    part, rest = parts[0], parts[1:]
+    key: Any = part
+    if isinstance(node, list):
+        if len(node) == 1 and isinstance(node[0], dict) and part.isidentifier():
+            return _put(node[0], parts, value, f"{where}.0")
+        if part.strip("[]") not in map(str, range(len(node))):
+            raise SpecError(
+                f"{where}: expected a place from 0 to {len(node) - 1}, such as {'.'.join([where, '0', *rest])}; "
+                f"got {part.strip('[]')!r}; or give the whole list"
+            )
+        key = int(part.strip("[]"))
+    elif part.startswith("["):
+        raise SpecError(f"{where}: expected a list; got {node or 'none'}; leave {part} out or give the whole list")
+    if not rest:
+        node[key] = value
+        return None
+    below = f"{where}.{key}".lstrip(".")
+    inside = node[key] if isinstance(node, list) else node.get(key)
+    if not isinstance(inside, (dict, list)):
+        if rest[0].startswith("["):
+            return _put(inside, rest, value, below)  # no list: says so
+        inside = node[key] = {}
+    return _put(inside, rest, value, below)
 
 
 def _load_hardware(name: str, changes: Mapping[str, Any], where: str) -> HardwareSpec:

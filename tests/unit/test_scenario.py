@@ -134,3 +134,43 @@ def test_a_what_if_does_not_change_the_one_it_comes_from() -> None:
     first.what_if({"serve.scheduler.block_tokens": 32})
     assert first.digest() == digest
     assert first.what_if({}).serve.scheduler.block_tokens == 16
+
+
+SERVED = """\
+model: longcat-flash
+hardware: h800-sxm
+deployment: {num_gpus: 16, ep_size: 16, dense_tp_size: 4, overlap: sbo}
+speculative: {draft_tokens: 2, acceptance: [0.8, 0.5]}
+serve:
+  workload: {arrivals: {process: poisson, rate: 1 /s}, input_tokens: 100, output_tokens: 10, num_requests: 9}
+  slo: [{name: default, ttft: 2 s, tpot: 50 ms}]
+"""
+
+
+@pytest.mark.parametrize("path", ["serve.slo.ttft", "serve.slo.0.ttft", "serve.slo[0].ttft"])
+def test_a_list_of_one_needs_no_place_and_takes_one(write, path: str) -> None:
+    changed = scenario(write(SERVED), {path: "3 s"})
+    assert [(level.ttft, level.tpot) for level in changed.serve.slo] == [(3.0, 0.05)]
+    assert [level.ttft for level in scenario(write(SERVED)).serve.slo] == [2.0]
+
+
+def test_an_entry_of_a_list_is_set_by_its_place(write) -> None:
+    for path in ("speculative.acceptance.1", "speculative.acceptance[1]"):
+        assert scenario(write(SERVED), {path: 0.6}).speculative.acceptance == (0.8, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("speculative.acceptance.first", "speculative.acceptance: expected a place from 0 to 1, such as"),
+        ("speculative.acceptance.2", "speculative.acceptance: expected a place from 0 to 1, such as"),
+        ("serve.slo.1.ttft", "serve.slo: expected a place from 0 to 0, such as serve.slo.0.ttft; got '1'"),
+        ("serve.slo[x].ttft", "serve.slo: expected a place from 0 to 0"),
+        ("draws[0]", "draws: expected a list; got 32; leave [0] out"),
+        ("serve..slo", "expected names joined by single dots, such as deployment.overlap; got 'serve..slo'"),
+    ],
+)
+def test_a_path_into_a_list_says_which_places_there_are(write, path: str, words: str) -> None:
+    with pytest.raises(SpecError) as raised:
+        scenario(write(SERVED + "draws: 32\n"), {path: 1})
+    assert words in str(raised.value)

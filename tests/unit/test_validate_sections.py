@@ -48,7 +48,7 @@ def test_own_step_takes_the_newest_fit_of_this_machine_whatever_its_name(folder:
     times, notes = own_step.fit_of("EPYC 9")
     assert times is not None
     assert times.hardware.name == "my-epyc"
-    assert "newest: fit: schema: expected" in notes[0]  # of another version: said, and the next one taken
+    assert "newest.yaml: fit: schema: expected" in notes[0]  # of another version: said, and the next one taken
     assert notes[1] == "predicted by the fit of my-epyc, the newest of first, my-epyc, newest"
 
 
@@ -79,13 +79,32 @@ def test_a_profile_of_another_schema_is_a_note_and_the_rest_is_printed(folder: P
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda law: law["errors"].update(random={"mape": float("nan")}), "nan in errors.random.mape"),
-        (lambda law: law.update(weights=[float("inf")]), "inf in weights"),
-        (lambda law: law.update(measured=law["measured"][:-8]), "a packed grid that is cut short"),
-        (lambda law: law.update(correction=base64.b64encode(zlib.compress(b"x")).decode()), "cannot reshape"),
-        (lambda law: law.pop("sizes"), "no 'sizes'"),
-        (lambda law: law["weights"].__setitem__(0, -0.1), "a negative weight"),
-        (lambda law: next(iter(law["sizes"].values())).reverse(), "that do not rise"),
+        (
+            lambda law: law["errors"].update(random={"mape": float("nan")}),
+            "errors.random.mape: expected a finite number; got nan",
+        ),
+        (lambda law: law.update(weights=[float("inf")]), "weights[0]: expected a finite number; got inf"),
+        (lambda law: law["weights"].__setitem__(0, -0.1), "weights[0]: expected greater than or equal to 0; got -0.1"),
+        (lambda law: law["weights"].pop(), "weights: expected"),
+        (
+            lambda law: law.update(measured=law["measured"][:-8]),
+            "measured: expected packed cells; got text that is cut",
+        ),
+        (
+            lambda law: law.update(correction=base64.b64encode(zlib.compress(b"x")).decode()),
+            "correction: expected",
+        ),
+        (lambda law: law.pop("sizes"), "sizes: expected this key; it is missing"),
+        (lambda law: next(iter(law["sizes"].values())).reverse(), "sizes: expected"),
+        (lambda law: law["sizes"].update(depth=[1]), "sizes: expected"),
+        (
+            lambda law: law["residuals"]["extrapolated"].reverse(),
+            "expected extrapolated to hold 21 quantiles that rise",
+        ),
+        (lambda law: law["reference"].update(peak=-1), "reference.peak: expected greater than 0; got -1"),
+        (lambda law: law.update(correlation=7), "correlation: expected less than or equal to 1; got 7"),
+        (lambda law: law.update(draws=-3), "draws: expected greater than or equal to 0; got -3"),
+        (lambda law: law.update(draws=2), "draw_weights: expected"),
     ],
 )
 def test_a_damaged_law_is_refused_by_name(folder: Path, damage: Any, says: str) -> None:
@@ -95,7 +114,7 @@ def test_a_damaged_law_is_refused_by_name(folder: Path, damage: Any, says: str) 
     with pytest.raises(MeasurementError, match=r"write the fit again with `calibrate`$") as caught:
         OpTimes.from_hardware(load_hardware("mine"))
     (fault,) = caught.value.faults
-    assert f"hardware mine: fit: laws: {laws[0]['kind']} {laws[0]['dtype']}" in fault
+    assert f"mine.yaml: fit: laws: {laws[0]['kind']} {laws[0]['dtype']}" in fault
     assert says in fault
     assert "Error" not in fault
 
@@ -107,7 +126,15 @@ def test_a_damaged_table_of_collectives_is_refused_by_name(folder: Path, key: st
     curve |= {"bytes": [4, 8], "us": [5.0, 6.0], key: value}
     name = f"{curve['kind']} {curve['variant']} {curve['ranks']}"
     write(folder, "mine", laws=fit["laws"][:1], collectives=fit["collectives"])
-    with pytest.raises(MeasurementError, match=rf"hardware mine: fit: collectives: .* of {name}; restore the section"):
+    with pytest.raises(MeasurementError, match=rf"mine.yaml: fit: collectives: .* of {name}; restore the section"):
+        OpTimes.from_hardware(load_hardware("mine"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("reference", {"scale_up": -1}), ("kernel_gap_us", -1)])
+def test_links_and_gaps_of_collectives_are_positive(folder: Path, key: str, value: Any) -> None:
+    fit = yaml.safe_load((PACKAGED / "h800-sxm.yaml").read_text(encoding="utf-8"))["fit"]
+    write(folder, "mine", laws=fit["laws"][:1], collectives=fit["collectives"] | {key: value})
+    with pytest.raises(MeasurementError, match=rf"mine.yaml: fit: collectives: .*{key} .*-1.*; restore the section"):
         OpTimes.from_hardware(load_hardware("mine"))
 
 

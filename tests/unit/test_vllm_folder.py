@@ -14,7 +14,8 @@ from longcat_sim.calibration.engine_times import EngineTimes
 from longcat_sim.calibration.layer_profile import LayerProfile
 from longcat_sim.errors import MeasurementError, WorkloadError
 from longcat_sim.specs.model import model_spec
-from longcat_sim.studies.validate.vllm_folder import RunFolder, read_measured
+from longcat_sim.studies.validate.vllm_files import read_measured
+from longcat_sim.studies.validate.vllm_folder import RunFolder
 from longcat_sim.studies.validate.vllm_run import Recording, run
 
 TOKENS = (1, 8, 64, 256, 2048)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import csv
 import difflib
-import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from longcat_sim.calibration.engine_links import PCIE5_PAIR, Link, law_link, measured_link
-from longcat_sim.errors import MeasurementError, WorkloadError
+from longcat_sim.errors import MeasurementError
 from longcat_sim.simulation.serving.published_loads import BalancerRules
 from longcat_sim.specs.hardware import load_hardware
 from longcat_sim.specs.loading import read_yaml
 from longcat_sim.specs.model import ModelSpec, model_names, model_spec
 from longcat_sim.studies.measure import sheet_of_card
+from longcat_sim.studies.validate.vllm_files import is_number, read_json
 
 BLOCK_TOKENS, MEMORY_SHARE = 16, 0.9
 """vLLM's default KV block on CUDA, and share of a card's memory."""
@@ -29,6 +28,7 @@ BATCH_DEFAULTS = {False: (256, 2048), True: (1024, 8192)}
 nobody sets them. Source: vLLM ``EngineArgs.get_batch_defaults`` (vllm/engine/arg_utils.py), usage context of an API
 server; its offline class takes more tokens, and so do servers since v0.28 on cards of 160 GiB."""
 LARGE_CARD_BYTES = 70 * 2**30
+HOLDS = ("requests.jsonl", "meta.json", "config.json", "profile/")
 USED = (
     "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "data_parallel_size", "pipeline_parallel_size",
     "enable_expert_parallel", "block_size", "gpu_memory_utilization", "enable_prefix_caching", "async_scheduling",
@@ -40,72 +40,6 @@ ASYNC_SINCE = (0, 14)
 TEMPLATE_LINK = (16, 20000)
 """GiB/s and ns that the format's example deployments carry for every card, single ones too: they say nothing of one.
 Source: LLMServingSim bench/examples/*/config.json @5daddb2; those with measured links left them out later."""
-TIMES = ("queued_ts", "first_token_ts", "last_token_ts")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object.
-
-    Raises:
-        MeasurementError: there is no such file, or it holds something else.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MeasurementError(f"{path}: expected a recorded engine run with this file; there is none") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
-        raise MeasurementError(f"{path}: expected JSON; got {fault}; mend the file") from None
-    if not isinstance(document, dict):
-        raise MeasurementError(f"{path}: expected a JSON object; got {type(document).__name__}")
-    return document
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-
-
-def read_measured(path: Path) -> list[dict[str, Any]]:
-    """Return the completed rows of ``requests.jsonl``; rows whose times are null (failed requests) are left out.
-
-    Raises:
-        WorkloadError: a row is not JSON, lacks a field or contradicts itself; all such rows are listed.
-    """
-    rows, faults, failed = [], [], 0
-    if not path.is_file():
-        raise MeasurementError(f"{path}: expected a recorded engine run with this file; there is none")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                missing = [k for k in ("input_toks", "output_toks", "arrival_time") if not _is_number(row.get(k))]
-                if any(key in row and row[key] is None for key in TIMES) and _is_number(row.get("input_toks")):
-                    failed += 1
-                    continue
-                missing += [key for key in TIMES if not _is_number(row.get(key))]
-            except (json.JSONDecodeError, AttributeError) as fault:
-                faults.append(f"{path}:{number}: expected one JSON object per line; got {fault}")
-                continue
-            if missing:
-                faults.append(f"{path}:{number}: expected numbers in {', '.join(missing)}; got {line.strip()[:80]!r}")
-            elif row["input_toks"] < 1 or row["output_toks"] < 1:
-                faults.append(
-                    f"{path}:{number}: expected input_toks and output_toks of 1 at least; got {line.strip()[:80]!r}"
-                )
-            elif not row["queued_ts"] <= row["first_token_ts"] <= row["last_token_ts"]:
-                faults.append(
-                    f"{path}:{number}: expected queued_ts <= first_token_ts <= last_token_ts, in seconds of one clock; "
-                    f"got {', '.join(str(row[key]) for key in TIMES)}"
-                )
-            rows.append(row)
-    if faults or not rows:
-        raise WorkloadError(faults or [f"{path}: expected one completed request at least; got none"])
-    if failed:
-        warnings.warn(
-            f"{path}: {failed} requests have no times (failed); they are neither simulated nor compared", stacklevel=2
-        )
-    return rows
 
 
 def find_model(names: Sequence[str], folder: Path) -> ModelSpec:
@@ -145,6 +79,11 @@ class RunFolder:
         Raises:
             MeasurementError: a file is missing or cannot be read.
         """
+        if not path.is_dir():
+            raise MeasurementError(
+                f"{path}: expected the folder of a recorded engine run ({', '.join(HOLDS)}); got "
+                f"{'a file' if path.exists() else 'no such folder'}; give the folder"
+            )
         sheet = path / "profile" / "meta.yaml"
         profile: Any = read_yaml(sheet)[0] if sheet.is_file() else {}
         folder = cls(
@@ -154,6 +93,7 @@ class RunFolder:
             profile if isinstance(profile, dict) else {},
         )
         folder.warn_of_misspelled()
+        folder.warn_of_another_profile()
         return folder
 
     @cached_property
@@ -173,6 +113,22 @@ class RunFolder:
             if likely:
                 warnings.warn(
                     f"{self.path / 'meta.json'}: engine_kwargs.{key}: not used; is {likely[0]} meant?",
+                    stacklevel=3,
+                )
+
+    def warn_of_another_profile(self) -> None:
+        """Warn where the profile says that it is of another card, model or version of vLLM than the run."""
+        of_run = {
+            "hardware": self.instance.get("hardware"),
+            "model": self.meta.get("model"),
+            "vllm_version": self.meta.get("vllm_version"),
+        }
+        for key, wanted in of_run.items():
+            names = [str(name).rstrip("/").rsplit("/", 1)[-1] for name in (wanted, self.profile.get(key)) if name]
+            if len(names) == 2 and names[0].lower() != names[1].lower():
+                warnings.warn(
+                    f"{self.path / 'profile' / 'meta.yaml'}: {key}: the run had {names[0]}, the profile is of "
+                    f"{names[1]}; its kernel times may not be this run's",
                     stacklevel=3,
                 )
 
@@ -217,7 +173,7 @@ class RunFolder:
             MeasurementError: it is something else.
         """
         value = self.setting(section, key, default)
-        if not _is_number(value) or int(value) != value or value < 1:
+        if not is_number(value) or int(value) != value or value < 1:
             raise MeasurementError(
                 f"{self.path / 'meta.json'}: {key}: expected a whole number of 1 at least; got {value!r}"
             )
@@ -237,12 +193,17 @@ class RunFolder:
         found = re.match(r"v?(\d+)\.(\d+)(?!\.dev)", str(self.meta.get("vllm_version") or ""))
         return tuple(map(int, found.groups())) if found else ()
 
+    @property
+    def _no_version(self) -> str:
+        given = self.meta.get("vllm_version")
+        return f"no release in vllm_version {given!r}" if given else "no vllm_version"
+
     def balancer(self) -> BalancerRules:
         """Return how the front end deals requests out to data-parallel ranks."""
         if not self.version:
             warnings.warn(
-                f"{self.path / 'meta.json'}: no release in vllm_version: requests are dealt out to ranks as before "
-                'vLLM 0.22; add it, as "0.19.0"',
+                f"{self.path / 'meta.json'}: {self._no_version}: requests are dealt out to ranks as before vLLM 0.22; "
+                'give it, as "0.19.0"',
                 stacklevel=2,
             )
         return BalancerRules.of(self.version)
@@ -253,8 +214,8 @@ class RunFolder:
         given = self.setting("scheduler_config", "async_scheduling")
         if given is None and not self.version:
             warnings.warn(
-                f"{self.path / 'meta.json'}: no vllm_version: taken as older than 0.14, whose steps wait for their "
-                'scheduling; add it, as "0.19.0"',
+                f"{self.path / 'meta.json'}: {self._no_version}: taken as older than 0.14, whose steps wait for their "
+                'scheduling; give it, as "0.19.0"',
                 stacklevel=2,
             )
         return self.version >= ASYNC_SINCE if given is None else bool(given)
@@ -351,11 +312,11 @@ class RunFolder:
         given = reported.get("block_size") or self.setting("cache_config", "block_size")
         size = int(given or BLOCK_TOKENS)
         tokens = self.setting("cache_config", "kv_cache_size_tokens")
-        if _is_number(tokens) and tokens >= size:
+        if is_number(tokens) and tokens >= size:
             return int(tokens) // size - 1, size
         fitting = self._blocks_by_memory(model, tp_size, dp_size, size)
         blocks = reported.get("num_gpu_blocks") or self.setting("cache_config", "num_gpu_blocks")
-        if _is_number(blocks) and blocks > 1:
+        if is_number(blocks) and blocks > 1:
             if not given:  # the cache's tokens hang on it; where the memory is known they hardly do
                 self.default("block_size", BLOCK_TOKENS)
             is_total = dp_size > 1 and (fitting is None or blocks > 1.3 * fitting)
@@ -390,10 +351,15 @@ class RunFolder:
     def _card_bytes(self) -> float | None:
         """Return a card's memory: the deployment's, what the engine saw, or its packaged profile's."""
         given: Any = (self.instance.get("npu_mem") or {}).get("mem_size")
-        if _is_number(given):
+        if given is not None:
+            if not is_number(given) or given <= 0:
+                raise MeasurementError(
+                    f"{self.path / 'config.json'}: npu_mem.mem_size: expected GiB as a number, such as 96; got "
+                    f"{given!r}; mend it"
+                )
             return float(given) * 2**30
         seen: Any = (self.meta.get("hardware") or {}).get("device_total_memory_bytes")
-        if _is_number(seen):
+        if is_number(seen):
             return float(seen)
         sheet = sheet_of_card(str(self.profile.get("gpu", "")))
         if sheet is None:

@@ -27,7 +27,8 @@ from longcat_sim.simulation.serving.request import COMPLETED, Request
 from longcat_sim.simulation.serving.simulate import ServingResult, simulate_serving
 from longcat_sim.specs.model import ModelSpec
 from longcat_sim.specs.serve import Serve
-from longcat_sim.studies.validate.vllm_folder import RunFolder, read_measured
+from longcat_sim.studies.validate.vllm_files import read_measured
+from longcat_sim.studies.validate.vllm_folder import RunFolder
 
 FloatArray = npt.NDArray[np.float64]
 STEP_TIME_ERROR = 0.007
