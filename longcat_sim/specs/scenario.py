@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -345,6 +346,13 @@ def scenario(name_or_path: str | Path | Mapping[str, Any], changes: Mapping[str,
     return made
 
 
+def _number(value: Any) -> Any:
+    """Return ``1e6`` as the number that people mean; YAML reads only ``1.0e+6`` as one."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return int(float(value)) if float(value).is_integer() else float(value)
+    return value
+
+
 def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
     """Return ``{"a.b": value}`` of ``a.b=value`` strings; values are read as YAML.
 
@@ -359,7 +367,7 @@ def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
             faults.append(f"--set: expected path=value, such as deployment.overlap=sbo; got {setting!r}")
             continue
         try:
-            changes[path.strip()] = yaml.safe_load(text)
+            changes[path.strip()] = _number(yaml.safe_load(text))
         except yaml.YAMLError:
             faults.append(f"--set {path}: expected a YAML value; got {text!r}")
     if faults:

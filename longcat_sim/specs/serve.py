@@ -337,7 +337,10 @@ class Serve(Part):
                 continue
             pool = {"shared": None, "prefill": self.prefill, "decode": self.decode}[fault.pool]
             if (fault.pool == "shared") == self.is_disaggregated:
-                raise ValueError(f"faults[{number}].pool is {fault.pool!r}, which this scenario does not have")
+                has = "prefill or decode" if self.is_disaggregated else "shared, or no pool"
+                raise ValueError(
+                    f"faults[{number}].pool: expected {has}, whose replica it strikes; got {fault.pool!r}; change it"
+                )
             size = pool.replicas if pool else self.num_shared_replicas
             if fault.replica >= size:
                 raise ValueError(f"faults[{number}].replica: expected 0..{size - 1}; got {fault.replica}")

@@ -10,6 +10,7 @@ from longcat_sim.capacity.interval import Interval
 from longcat_sim.records.span import chrome_trace
 from longcat_sim.simulation.serving.simulate import ServingResult
 from longcat_sim.simulation.step import StepResult
+from longcat_sim.specs.deployment import DecodeStep, PrefillStep
 from longcat_sim.specs.scenario import Scenario
 from longcat_sim.studies.engines import pools_of
 
@@ -36,6 +37,20 @@ def table(rows: list[tuple[str, str, str]]) -> str:
     return "\n".join(f"{name:<{widths[0]}}  {value:>{widths[1]}}  {unit}" for name, value, unit in rows)
 
 
+def _given(scenario: Scenario) -> str:
+    """Return the sizes, the drafts and the price that a result was made for."""
+    step, parts = scenario.step, []
+    if isinstance(step, DecodeStep):
+        parts.append(f"{step.sequences_per_gpu:g} sequences per GPU at {step.context_tokens:,.0f} tokens of context")
+    elif step is not None:
+        parts.append(f"prompts of {step.prompt_tokens:,.0f} tokens, {step.tokens_per_gpu:,.0f} tokens per GPU")
+    drafts = scenario.speculative
+    if drafts.draft_tokens and not isinstance(step, PrefillStep):
+        chances = ", ".join(f"{chance:g}" for chance in drafts.acceptance)
+        parts.append(f"{drafts.tokens_per_step:.3g} tokens a step (drafts accepted with {chances})")
+    return "; ".join([*parts, f"{scenario.usd_per_gpu_hour:.4g} USD per GPU-hour"])
+
+
 @dataclass
 class StepOutcome:
     """One simulated step with the spread of its draws. ``step`` holds the event-by-event run."""
@@ -54,7 +69,13 @@ class StepOutcome:
         return [(SHOWN[key][0], value.show(SHOWN[key][2]), SHOWN[key][1]) for key, value in self.figures.items()]
 
     def __str__(self) -> str:
-        lines = [f"{self.scenario.name}: {self.scenario.model.name} on {self._fleet()}", "", table(self.rows()), ""]
+        lines = [
+            f"{self.scenario.name}: {self.scenario.model.name} on {self._fleet()}",
+            _given(self.scenario),
+            "",
+            table(self.rows()),
+            "",
+        ]
         total = self.step.breakdown.step_s
         lines.append(
             f"where the time of one step goes, run event by event ({total * 1e3:.3f} ms; the parts, means over"
@@ -131,6 +152,14 @@ class ServeOutcome:
             for pool, part in zip(self.run.pools.values(), self._parts(), strict=True)
         )
         rows.append(("fleet (replicas x GPUs)", fleet, ""))
+        batch = f"{got['decode_sequences_per_replica']:.4g}"
+        rows.append(
+            (
+                "sequences decoded at once, mean",
+                batch,
+                "of a decode replica" if len(self._parts()) > 1 else "of a replica",
+            )
+        )
         left_out = len(self.run.records) - got["requests"]
         unit = f"{left_out} of the warm-up left out" if left_out else ""
         rows.append(("requests completed", f"{got['completed']} of {got['requests']}", unit))
@@ -185,7 +214,8 @@ class ServeOutcome:
         return list(pools_of(self.scenario, self.scenario.serve).values())
 
     def __str__(self) -> str:
-        lines = [f"{self.scenario.name}: {self._window():.0f} s of traffic", "", table(self.rows())]
+        given = "; ".join(dict.fromkeys(_given(part) for part in self._parts()))
+        lines = [f"{self.scenario.name}: {self._window():.0f} s of traffic", given, "", table(self.rows())]
         if self.figures["unstable"]:
             rate = self.figures["sustainable_requests_per_s"]
             lines.append(

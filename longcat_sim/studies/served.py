@@ -70,6 +70,7 @@ def serve_once(
             f"{scenario.where}: serve.workload.warm_up: expected less than the traffic lasts ({last_s:.4g} s); got "
             f"{serve.workload.warm_up:g} s, which leaves no request to count; shorten it or lengthen the traffic"
         )
+    figures["decode_sequences_per_replica"] = mean_decode_batch(run)
     if not is_priced:
         return run, figures
     steps = {name: StepFunction(part, times_of(part, draw)) for name, part in pools.items()}

@@ -202,12 +202,15 @@ def simulate_traffic(
             f"serve.replicas = {serve.replicas} has no effect beside pools, which have their own: set "
             "serve.prefill.replicas and serve.decode.replicas"
         )
-    notes += [
-        f"serve.faults[{number}]: at = {fault.at:g} s lies beyond the end of the run ({run.duration_s:.4g} s), so that "
-        "it has no effect; let it begin earlier, or make the run longer"
-        for number, fault in enumerate(serve.faults)
-        if fault.at >= run.duration_s
-    ]
+    for number, fault in enumerate(serve.faults):
+        if fault.at >= min(end, run.duration_s):
+            what = f"the last arrival ({end:.4g} s): only requests in flight can feel it"
+            if fault.at >= run.duration_s:
+                what = f"the end of the run ({run.duration_s:.4g} s): it has no effect"
+            notes.append(
+                f"serve.faults[{number}]: at = {fault.at:g} s lies beyond {what}; let it begin earlier, or make the "
+                "run longer"
+            )
     if scenario.price.utilisation != 1.0:
         notes.append("price.utilisation has no effect on traffic: idle time is simulated and stands in the bill")
     for name, status in (("rejected", REJECTED), ("failed", FAILED)):

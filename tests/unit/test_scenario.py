@@ -174,3 +174,19 @@ def test_a_path_into_a_list_says_which_places_there_are(write, path: str, words:
     with pytest.raises(SpecError) as raised:
         scenario(write(SERVED + "draws: 32\n"), {path: 1})
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e9", 10**9), ("2.5e-1", 0.25), ("1E3", 1000), ("3e", "3e"), ("e4", "e4")]
+)
+def test_powers_of_ten_are_numbers(text: str, value: object) -> None:
+    assert parse_changes([f"deployment.num_gpus={text}"]) == {"deployment.num_gpus": value}
+
+
+def test_a_fault_names_a_pool_that_there_is(write) -> None:
+    shared = {"serve.faults": [{"kind": "replica_loss", "at": "1 s", "pool": "decode"}]}
+    with pytest.raises(SpecError, match=r"pool: expected shared, or no pool, .*; got 'decode'"):
+        scenario(write(SERVED), shared)
+    pools = {"serve.prefill": {}, "serve.decode": {}, "serve.faults": [{"kind": "replica_loss", "at": "1 s"}]}
+    with pytest.raises(SpecError, match=r"pool: expected prefill or decode, .*; got 'shared'"):
+        scenario(write(SERVED), pools)

@@ -123,3 +123,24 @@ def test_a_decode_pool_that_lags_behind_is_an_overload() -> None:
         rates += [figures["sustainable_requests_per_s"]] if is_over else []
     assert rates[0] == pytest.approx(rates[1], rel=0.05)
     assert 20 < rates[0] < 40
+
+
+def test_a_result_says_what_it_was_made_for() -> None:
+    step = simulate(scenario("longcat-flash-h800-decode").what_if({"draws": 1, "step.context_tokens": 6000}))
+    assert (
+        "96 sequences per GPU at 6,000 tokens of context; 1.8 tokens a step (drafts accepted with 0.8); 2 USD"
+        in str(step)
+    )
+    found = simulate(traffic(200, "20 /s"))
+    decoding = (found.run.records.numpy("last") - found.run.records.numpy("first")) * 1e-9
+    spans = found.run.records.numpy("arrival") * 1e-9
+    expected = decoding.sum() / (spans.max() - spans.min()) / found.run.pools["shared"].num_replicas
+    assert found["decode_sequences_per_replica"] == pytest.approx(expected, rel=1e-6)
+    assert f"{expected:.4g}  of a replica" in str(found)
+
+
+def test_a_fault_after_the_last_arrival_is_said() -> None:
+    last = float(simulate(traffic(40, "20 /s")).run.records.numpy("arrival").max()) * 1e-9
+    late = [{"kind": "slow_rank", "at": f"{last + 0.01} s", "duration": "1 s", "replica": 0, "slowdown": 2}]
+    (note,) = [each for each in simulate(traffic(40, "20 /s", serve__faults=late)).notes if "serve.faults[0]" in each]
+    assert "lies beyond the last arrival" in note
