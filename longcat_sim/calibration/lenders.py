@@ -1,7 +1,7 @@
 """Kinds of op that nobody measured on a device take the law of the device on which they are likeliest to be alike.
 
 Over a LongCat-Flash decode step on ten GPUs whose own times are known, a data sheet's roofline alone comes to 43 to
-81 % of them, lent laws to 62 to 109 % (`validate --section transfer`).
+86 % of them, lent laws to 62 to 114 % (`validate --section transfer`).
 """
 
 from __future__ import annotations

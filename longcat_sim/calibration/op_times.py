@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from longcat_sim.calibration.answer import Answer, Key
-from longcat_sim.calibration.collectives import CollectiveTimes
+from longcat_sim.calibration.collectives import KERNEL_GAP_S, CollectiveTimes
 from longcat_sim.calibration.draws import Draw
 from longcat_sim.calibration.fit_file import read_fit, write_section
 from longcat_sim.calibration.fitted import LEVELS, FittedLaw
@@ -51,7 +51,9 @@ class OpTimes:
 
     def __post_init__(self) -> None:
         self._sheet = Roofline(self.hardware)
-        self._from_links = CollectiveTimes(self.hardware, [], kernel_gap_s=0.0)
+        # times of what `profile` ran hold the gaps, tables of kernels do not; a CPU, without architecture, has none
+        has_gaps = self.hardware.architecture and not self.hardware.has_own_kernels
+        self._from_links = CollectiveTimes(self.hardware, [], kernel_gap_s=KERNEL_GAP_S if has_gaps else 0.0)
         self._answers: dict[Key, Answer | None] = {}
         self._seconds: dict[Op, float] = {}
 

@@ -133,3 +133,19 @@ def test_blackwell_answers_for_few_heads_with_a_kernel_of_their_own() -> None:
 
     assert seconds("b200-sxm", 32) > 1.2 * seconds("b200-sxm", 64)
     assert seconds("h100-sxm", 32) < seconds("h100-sxm", 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "gap"),
+    [("h800-sxm", 1.5e-6), ("rtx-pro-6000", 1.5e-6), ("h20", 1.5e-6), ("mi325x", 1.5e-6), ("h100-sxm-measured", 0.0)],
+)
+def test_kernels_have_gaps_wherever_tables_leave_them_out(name: str, gap: float) -> None:
+    """With or without tables of collectives; what `profile` measured holds them."""
+    times = OpTimes.from_hardware(load_hardware(name))
+    assert times.links.kernel_gap_s == gap
+    assert (times.draw(2).links.kernel_gap_s != gap) == bool(gap)
+
+
+def test_a_sister_device_comes_within_a_few_percent_over_a_step() -> None:
+    for name in ("h100-sxm", "h200-sxm"):
+        assert step_ratios(name)[0] == pytest.approx(1.0, abs=0.03)
