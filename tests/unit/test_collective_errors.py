@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from longcat_sim.calibration.collective_curves import Curve
 from longcat_sim.calibration.collectives import (
     CARRIED_SPREAD,
     EXTRAPOLATED_SPREAD,
@@ -12,7 +13,6 @@ from longcat_sim.calibration.collectives import (
     NCCL_SHEET_SPREAD,
     SHEET_SPREAD,
     CollectiveTimes,
-    Curve,
 )
 from longcat_sim.calibration.fit_file import read_collectives
 from longcat_sim.calibration.op_times import OpTimes

@@ -2,7 +2,8 @@
 
 import pytest
 
-from longcat_sim.calibration.collectives import CollectiveTimes, Curve
+from longcat_sim.calibration.collective_curves import Curve
+from longcat_sim.calibration.collectives import CollectiveTimes
 from longcat_sim.ops.op import op
 from longcat_sim.specs.hardware import load_hardware
 
