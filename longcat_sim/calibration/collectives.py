@@ -80,6 +80,8 @@ class CollectiveTimes:
     """Device that was measured, if it was another one."""
     kernel_gap_s: float = KERNEL_GAP_S
     """Idle time between two kernels of one stream."""
+    lent: CollectiveTimes | None = None
+    """The nearest device's tables on the links of this one, which answer for what its own tables do not hold."""
 
     def __post_init__(self) -> None:
         self._sheet = Roofline(self.hardware)
@@ -165,6 +167,19 @@ class CollectiveTimes:
 
     # -- answering -----------------------------------------------------------------------------------------------
 
+    @property
+    def has_all(self) -> bool:
+        """Whether tables here answer for every collective that a step of one or more nodes needs."""
+        exchanges = {(kind, mode) for kind in ("dispatch", "combine") for mode in ("low_latency", "normal")}
+        return {*exchanges, *((kind, "") for kind in NCCL_KINDS)} <= self._tables.keys()
+
+    def _lender(self, kind: str, variant: str) -> CollectiveTimes | None:
+        """Return who answers for a kind that no table here holds; None: this one, by its data sheet."""
+        holder: CollectiveTimes | None = self
+        while holder is not None and (kind, variant) not in holder._tables:
+            holder = holder.lent
+        return None if holder is self else holder
+
     def floor_s(self, kind: str, variant: str, ranks: float) -> float:
         """Return the time of an empty message; 0 where nothing is known."""
         if (kind, variant) not in self._tables:
@@ -178,6 +193,9 @@ class CollectiveTimes:
 
     def seconds_many(self, ops: OpArrays) -> FloatArray:
         """Return the times of many collectives of one kind [N]."""
+        lender = self._lender(ops.kind, ops.variant)
+        if lender is not None:
+            return lender.seconds_many(ops)
         shift = self._shift(ops.kind, ops.variant)
         if (ops.kind, ops.variant) not in self._tables:
             return self._sheet.seconds_many(ops) * np.exp(shift[1])
@@ -233,6 +251,9 @@ class CollectiveTimes:
         The normal kernels hold their SMs throughout. The low-latency ones use SMs only to stage and to unpack: the
         time of an exchange inside one node with the wire taken out, as a share of the whole.
         """
+        lender = self._lender(op.kind, op.variant)
+        if lender is not None:
+            return lender.demand(op)
         if (op.kind, op.variant) not in self._tables:
             return self._sheet.demand(op)
         seconds = self.seconds(op)
@@ -258,8 +279,11 @@ class CollectiveTimes:
 
     def overlap_rates(self, variant: str) -> dict[str, float]:
         """Return measured rates of collectives beside compute, by kind."""
-        known = {kind for kind, of in self._tables if of == variant}
-        return {kind: rate for (kind, of), rate in OVERLAP_RATES.items() if of == variant and kind in known}
+        return {
+            kind: rate
+            for (kind, of), rate in OVERLAP_RATES.items()
+            if of == variant and ((kind, of) in self._tables or self._lender(kind, of) is not None)
+        }
 
     def contention_pairs(self, variant: str) -> dict[tuple[str, str], float]:
         """Return measured rates of compute kinds beside collectives of a variant, on the SMs that those leave."""
@@ -275,11 +299,14 @@ class CollectiveTimes:
 
     def tag(self, op: Op) -> Tag:
         """Return where the figure comes from."""
+        lender = self._lender(op.kind, op.variant)
+        if lender is not None:
+            return lender.tag(op)
         if (op.kind, op.variant) not in self._tables:
             return self._sheet.tag(op)
         near = self._near(op.kind, op.variant, op["ranks"])
         outside = self._outside(op.kind, op.variant, np.array([op.message_bytes]), op["ranks"])[0]
-        if outside > 0 or self._is_carried(op.kind, op.variant):
+        if outside > 0 or self.is_carried(op.kind, op.variant):
             return "extrapolated"
         if op["ranks"] == near.ranks and op.message_bytes in near.bytes:
             return "measured"
@@ -288,12 +315,15 @@ class CollectiveTimes:
     def spread(self, kind: str, variant: str) -> float:
         """Return the relative error of a kind: that of an independent re-measurement; wider where a part of the table
         is another device's, or all of it."""
-        if self._is_carried(kind, variant):
+        lender = self._lender(kind, variant)
+        if lender is not None:
+            return lender.spread(kind, variant)
+        if self.is_carried(kind, variant):
             return CARRIED_SPREAD.get(variant, CARRIED_SPREAD["normal"])
         borrowed = any(curve.borrowed for curve in self._tables.get((kind, variant), ()))
         return BORROWED_SPREAD if borrowed else SPREAD
 
-    def _is_carried(self, kind: str, variant: str) -> bool:
+    def is_carried(self, kind: str, variant: str) -> bool:
         """Whether all of a table is another device's."""
         curves = self._tables.get((kind, variant), ())
         return bool(self.carried_from or (curves and all(curve.borrowed and curve.bytes[0] > 0 for curve in curves)))
@@ -308,8 +338,9 @@ class CollectiveTimes:
                     f"from the links in the data sheet of {self.hardware.name}, not measured; those that were measured "
                     f"take {took} times their data-sheet time (median), spread {spread:.0%}"
                 )
-            elif tag == "extrapolated" and self._is_carried(kind, variant):
-                giver = self.carried_from or self._tables[kind, variant][0].borrowed
+            elif tag == "extrapolated" and (self._lender(kind, variant) or self).is_carried(kind, variant):
+                holder = self._lender(kind, variant) or self
+                giver = holder.carried_from or holder._tables[kind, variant][0].borrowed
                 says = (
                     f"the tables of {giver}, scaled by both devices' links; such carrying misses by "
                     f"{self.spread(kind, variant):.0%} where both were measured, and what lies beyond the measured "
@@ -329,7 +360,8 @@ class CollectiveTimes:
         """Return one draw: each kind shifted by its spread. Equal indices give equal draws."""
         normal = float(np.random.default_rng([index, 11]).normal())
         gap = max(0.0, self.kernel_gap_s + normal * min(KERNEL_GAP_SPREAD_S, self.kernel_gap_s))
-        return CollectiveTimes(self.hardware, self.curves_, self.reference, index, self.carried_from, gap)
+        lent = self.lent.draw(index) if self.lent is not None else None
+        return CollectiveTimes(self.hardware, self.curves_, self.reference, index, self.carried_from, gap, lent)
 
     def _shift(self, kind: str, variant: str) -> tuple[float, float]:
         """Return log(time / fit) of this draw where it was measured, and what is added where it was not."""
@@ -347,10 +379,12 @@ class CollectiveTimes:
 
     def _outside(self, kind: str, variant: str, size: FloatArray, ranks: float) -> FloatArray:
         """Return how far sizes [N] are from what was measured: 0 within it, 1 beyond its ranks or twice its bytes, and
-        the octaves by which its link differs, 1 at most; links are a part of the error of carrying where all is."""
+        the octaves by which its link differs, 1 at most; links inside a node are a part of the error of carrying where
+        all is carried (none of the carried tables that were measured crossed nodes on other links)."""
         table, link = self._tables[kind, variant], self._link(ranks)
         now, then = _links(self.hardware).get(link), self.reference.get(link)
-        octaves = abs(float(np.log2(now / then))) if now and then and not self.carried_from else 0.0
+        is_part = self.carried_from and link == "scale_up"
+        octaves = abs(float(np.log2(now / then))) if now and then and not is_part else 0.0
         beyond = (size > 2 * self._near(kind, variant, ranks).bytes[-1]) | (
             not table[0].ranks <= ranks <= table[-1].ranks
         )

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from longcat_sim.calibration.answer import Key
-from longcat_sim.calibration.fit_file import read_fit
+from longcat_sim.calibration.collectives import CollectiveTimes
+from longcat_sim.calibration.fit_file import read_collectives, read_fit
 from longcat_sim.calibration.fitted import FittedLaw
 from longcat_sim.calibration.laws import Device
 from longcat_sim.calibration.transfer import device_of
@@ -81,6 +82,35 @@ def nearest(key: Key, hardware: HardwareSpec) -> Lent | None:
             if apart <= REACH and (best is None or rank < best[0]):
                 best = rank, Lent(law, lender)
     return best[1] if best else None
+
+
+def lent_collectives(hardware: HardwareSpec) -> CollectiveTimes | None:
+    """Return the tables of collectives of the nearest devices on the links of ``hardware``, the nearest first and each
+    with the next for what it lacks; None where no device is near.
+
+    Near is a device of the same maker whose links join as many, neither more than an octave faster or slower: between
+    such the error of carrying was measured (``CARRIED_SPREAD``). Beyond it a data sheet answers.
+    """
+    here = (hardware.scale_up, hardware.scale_out)
+    ranked = []
+    for _, lender in readable_hardware():
+        there = (lender.scale_up, lender.scale_out)
+        if lender.name == hardware.name or lender.maker != hardware.maker or None in (*here, *there):
+            continue
+        octaves = [abs(math.log2(a.bandwidth / b.bandwidth)) for a, b in zip(here, there, strict=True) if a and b]
+        joins_as_many = here[0] and there[0] and here[0].domain_size == there[0].domain_size
+        if joins_as_many and max(octaves) <= 1.0 and (lender.fit or {}).get("collectives"):
+            ranked.append((sum(octaves), lender.architecture != hardware.architecture, lender.name, lender))
+    found: CollectiveTimes | None = None
+    for *_, lender in sorted(ranked, key=lambda row: row[:3], reverse=True):
+        try:
+            tables = read_collectives(lender)
+        except MeasurementError:  # it answers for itself when it is asked
+            continue
+        if tables is not None:
+            own = [curve for curve in tables.curves_ if not tables.is_carried(curve.kind, curve.variant)]
+            found = CollectiveTimes(hardware, own, tables.reference, carried_from=lender.name, lent=found)
+    return found
 
 
 def _lenders() -> Iterator[HardwareSpec]:

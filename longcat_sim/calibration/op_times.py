@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from longcat_sim.calibration.draws import Draw
 from longcat_sim.calibration.fit_file import read_fit, write_section
 from longcat_sim.calibration.fitted import LEVELS, FittedLaw
 from longcat_sim.calibration.laws import LAWS
-from longcat_sim.calibration.lenders import Lent, nearest
+from longcat_sim.calibration.lenders import Lent, lent_collectives, nearest
 from longcat_sim.calibration.roofline import Roofline
 from longcat_sim.calibration.splits import judge
 from longcat_sim.calibration.transfer import SHEET_ERROR, device_of, transfer_spread
@@ -42,7 +42,7 @@ class OpTimes:
     hardware: HardwareSpec
     laws_: dict[Key, FittedLaw]
     collectives_: Any = None
-    """``CollectiveTimes`` of this hardware, or None: then links come from the data sheet."""
+    """``CollectiveTimes`` that were measured on this hardware, or None."""
     seed: int = 0
     draws: int = 64
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -53,7 +53,10 @@ class OpTimes:
         self._sheet = Roofline(self.hardware)
         # times of what `profile` ran hold the gaps, tables of kernels do not; a CPU, without architecture, has none
         has_gaps = self.hardware.architecture and not self.hardware.has_own_kernels
-        self._from_links = CollectiveTimes(self.hardware, [], kernel_gap_s=KERNEL_GAP_S if has_gaps else 0.0)
+        own = self.collectives_ or CollectiveTimes(self.hardware, [], kernel_gap_s=KERNEL_GAP_S if has_gaps else 0.0)
+        borrows = self.borrows and self.hardware.architecture and not own.has_all
+        self.links = replace(own, lent=lent_collectives(self.hardware)) if borrows else own
+        """What answers for collectives: tables measured here, those of near devices, the data sheet's links."""
         self._answers: dict[Key, Answer | None] = {}
         self._seconds: dict[Op, float] = {}
 
@@ -260,11 +263,6 @@ class OpTimes:
                 "profiles of published tables hold an engine's",
             )
         return found
-
-    @property
-    def links(self) -> Any:
-        """What answers for collectives: the measured ones, or the data sheet's links with their error."""
-        return self.collectives_ if self.collectives_ is not None else self._from_links
 
     def answer(self, key: Key) -> Answer | None:
         """Return how ``key`` is answered, or None for the data sheet."""

@@ -117,7 +117,7 @@ def test_an_exchange_that_was_not_measured_has_a_wider_interval() -> None:
     assert measured < 0.12
     assert beyond == pytest.approx(EXTRAPOLATED_SPREAD, rel=0.2)
     assert spread_of("mi355x", 32) < 0.12
-    for sheet in ("b200-sxm", "tpu-v7"):  # with collectives of other kinds, and without any
+    for sheet in ("rtx-pro-6000", "tpu-v7"):  # no device is near
         assert spread_of(sheet, 128) == pytest.approx(SHEET_SPREAD, rel=0.15)
     # a link that is an octave faster than the measured one counts as beyond, a tenth faster a seventh of that
     assert spread_of("h800-sxm", 128, {"hardware.scale_out.bandwidth": "100 GB/s"}) > 0.25
@@ -131,8 +131,41 @@ def test_dispatch_and_combine_of_a_data_sheet_miss_together() -> None:
     assert all(first == pytest.approx(second) for first, second in ratios)
 
 
-@pytest.mark.parametrize(("hardware", "says"), [("b200-sxm", "data sheet"), ("mi355x", "beyond the ranks")])
+@pytest.mark.parametrize(
+    ("hardware", "says"),
+    [("tpu-v7", "data sheet"), ("b200-sxm", "the tables of h100-sxm"), ("mi355x", "beyond the ranks")],
+)
 def test_the_notes_name_the_exchange_that_was_not_measured(hardware: str, says: str) -> None:
     found = simulate(scenario("longcat-flash-h800-decode", {"hardware": hardware, "draws": 1}))
     exchange = next(note for note in found.notes if note.startswith("combine low_latency, dispatch low_latency"))
     assert says in exchange
+
+
+def test_what_a_device_has_no_table_of_is_lent_by_the_nearest_one_and_scaled_to_its_links() -> None:
+    lent, own = (OpTimes.from_hardware(load_hardware(name)) for name in ("b200-sxm", "h100-sxm"))
+    asked = op("combine", variant="low_latency", message_bytes=2e6, ranks=32)
+    assert lent.seconds(asked) == pytest.approx(own.seconds(asked), rel=1e-9)  # the same network cards
+    assert lent.tag(asked) == "extrapolated"
+    assert spread_of("b200-sxm", 32) == pytest.approx(CARRIED_SPREAD["low_latency"], rel=0.15)
+    inside = op("all_gather", message_bytes=1e6, ranks=8)
+    assert lent.tag(inside) == "interpolated"  # its own table
+    # a table that an H100 has from an H200 is lent by the H200 itself
+    chain = OpTimes.from_hardware(load_hardware("h20")).links
+    assert chain._lender("dispatch", "low_latency").carried_from == "h100-sxm"
+    assert chain._lender("dispatch", "normal").carried_from == "h200-sxm"
+    assert set(chain.overlap_rates("normal")) == {"dispatch", "combine"}
+
+
+def test_links_that_are_far_from_any_measured_ones_are_read_off_the_data_sheet() -> None:
+    asked = op("combine", variant="low_latency", message_bytes=2e6, ranks=32)
+    for bandwidth, tag in (("60 GB/s", "extrapolated"), ("400 GB/s", "datasheet")):
+        changed = scenario(
+            "longcat-flash-h800-decode", {"hardware": "b200-sxm", "hardware.scale_out.bandwidth": bandwidth}
+        )
+        times = OpTimes.from_hardware(changed.hardware)
+        assert times.tag(asked) == tag
+    faster = spread_of("b200-sxm", 32, {"hardware.scale_out.bandwidth": "90 GB/s"})
+    assert faster == pytest.approx(
+        np.hypot(CARRIED_SPREAD["low_latency"], EXTRAPOLATED_SPREAD * np.log2(1.8)), rel=0.15
+    )
+    assert spread_of("b300-sxm", 32) == pytest.approx(np.hypot(0.13, EXTRAPOLATED_SPREAD), rel=0.15)
