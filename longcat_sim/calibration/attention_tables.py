@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -242,8 +243,10 @@ class SkewTable:
 def _controls(where: str, requests: str, attention: AttentionTable) -> tuple[float, float, float, float]:
     """Return (decode count, prefill tokens, us at the mean context, us at the longest) of [[query, history], ...]."""
     try:
-        pairs = [(int(query), int(past)) for query, past in json.loads(requests)]
-    except (json.JSONDecodeError, TypeError, ValueError) as fault:
+        pairs = [(int(query), float(past)) for query, past in json.loads(requests)]
+        if any(query < 1 or not 0 <= past < inf for query, past in pairs):
+            raise ValueError("a query below 1 or a history below 0")
+    except (json.JSONDecodeError, TypeError, ValueError, OverflowError) as fault:
         raise MeasurementError(
             f"{where}: expected requests_json as [[query, history], ...], such as [[1, 512], [1, 4096]]; got {fault}"
         ) from None

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
@@ -29,6 +30,8 @@ CARRIED_SPREAD = {"low_latency": 0.13, "normal": 0.21, "": 0.30}
 """Root mean square of log(measured / carried), by variant, where a whole table is another device's, scaled by the links
 of both: 60 tables of low-latency exchanges and 24 of normal ones, and 256 of NCCL's collectives, between devices of one
 maker whose links join as many. Found again by tests/unit/test_collective_errors.py."""
+CARRIED_OCTAVES = 1.6
+"""By so much the links inside a node differ at most between those devices (A100, B200)."""
 NCCL_KINDS = frozenset({"all_gather", "all_reduce", "all_to_all", "reduce_scatter"})
 SHEET_SPREAD, NCCL_SHEET_SPREAD = 0.51, 0.37
 """Root mean square of log(measured / data sheet), tables of the packaged profiles weighted alike: exchanges (22 tables
@@ -107,9 +110,15 @@ class CollectiveTimes:
 
         Raises:
             ValueError: a curve's bytes do not rise from 0 on, or it has other than one positive time for each; a
-                link's bandwidth is not positive, or the gap negative.
+                link's name is not known or its bandwidth not positive, or the gap is negative.
         """
-        if min(section["reference"].values(), default=1) <= 0 or section["kernel_gap_us"] < 0:
+        links = section["reference"]
+        if (
+            not links
+            or not links.keys() <= {"scale_up", "scale_out"}
+            or min(links.values()) <= 0
+            or section["kernel_gap_us"] < 0
+        ):
             raise ValueError(f"reference {section['reference']} and kernel_gap_us {section['kernel_gap_us']}")
         for row in section["curves"]:
             rises = row["bytes"] and row["bytes"][0] >= 0 and all(low < high for low, high in pairwise(row["bytes"]))
@@ -181,7 +190,7 @@ class CollectiveTimes:
         return None if holder is self else holder
 
     def floor_s(self, kind: str, variant: str, ranks: float) -> float:
-        """Return the time of an empty message; 0 where nothing is known."""
+        """Return the time of an empty message; 0 where no table here says it."""
         if (kind, variant) not in self._tables:
             return 0.0
         return float(self._seconds(kind, variant, np.zeros(1), ranks)[0])
@@ -370,8 +379,12 @@ class CollectiveTimes:
         shared = float(np.random.default_rng([self.drawn, 13]).normal())
         if (kind, variant) not in self._tables:
             return 0.0, shared * (NCCL_SHEET_SPREAD if kind in NCCL_KINDS else SHEET_SPREAD)
-        number = sorted(self._tables).index((kind, variant))
-        own = float(np.random.default_rng([self.drawn, number, 7]).normal())
+        if kind in NCCL_KINDS and self.is_carried(kind, variant):
+            seed = [self.drawn, 17]  # NCCL's carried tables miss together
+        else:
+            seed = [self.drawn, sorted(self._tables).index((kind, variant)), 7]
+            seed += [crc32(self.carried_from.encode())] if self.carried_from else []
+        own = float(np.random.default_rng(seed).normal())
         return own * self.spread(kind, variant), shared * EXTRAPOLATED_SPREAD
 
     def _near(self, kind: str, variant: str, ranks: float) -> Curve:
@@ -384,7 +397,8 @@ class CollectiveTimes:
         table, link = self._tables[kind, variant], self._link(ranks)
         now, then = _links(self.hardware).get(link), self.reference.get(link)
         is_part = self.carried_from and link == "scale_up"
-        octaves = abs(float(np.log2(now / then))) if now and then and not is_part else 0.0
+        octaves = abs(float(np.log2(now / then))) if now and then else 0.0
+        octaves = max(0.0, octaves - CARRIED_OCTAVES) if is_part else octaves
         beyond = (size > 2 * self._near(kind, variant, ranks).bytes[-1]) | (
             not table[0].ranks <= ranks <= table[-1].ranks
         )

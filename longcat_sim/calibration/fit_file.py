@@ -10,6 +10,7 @@ import base64
 import binascii
 import math
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from math import prod
@@ -18,14 +19,14 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from longcat_sim.calibration.collectives import CollectiveTimes
 from longcat_sim.calibration.fitted import LEVELS, FittedLaw
 from longcat_sim.calibration.laws import LAWS, Device
 from longcat_sim.calibration.weights import num_weights
 from longcat_sim.errors import MeasurementError, SpecError
-from longcat_sim.ops.op import FloatArray
+from longcat_sim.ops.op import ITEM_BYTES, FloatArray
 from longcat_sim.records.files import write_text
 from longcat_sim.specs.base import Part
 from longcat_sim.specs.hardware import HardwareSpec, load_hardware
@@ -33,6 +34,7 @@ from longcat_sim.specs.loading import validate
 
 SCHEMA = 5
 AGAIN = "write the fit again with `calibrate`"
+Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 STEP = 0.01
 """Resolution of a packed correction; far below any fit's error."""
@@ -100,17 +102,17 @@ def write_section(
 class _Reference(Part):
     """As ``laws.Device``."""
 
-    peak: Annotated[float, Field(gt=0)]
-    bandwidth: Annotated[float, Field(gt=0)]
-    sm_count: NotNegative
-    cache_bytes: NotNegative
+    peak: Positive
+    bandwidth: Positive
+    sm_count: Positive
+    cache_bytes: Positive
 
 
 class _Law(Part):
     """A law as it stands in the file."""
 
     kind: str
-    dtype: Literal["fp32", "tf32", "bf16", "fp16", "fp8", "int8", "fp4", "nvfp4"]
+    dtype: str
     variant: str = ""
     transferred_from: str = ""
     points: Annotated[int, Field(ge=0)]
@@ -123,17 +125,18 @@ class _Law(Part):
     wide: bool = False
     correction: str
     measured: str
-    correlation: Annotated[float, Field(ge=-1, le=1)]
+    correlation: Annotated[float, Field(ge=0, le=1)]
     residuals: dict[Literal["interpolated", "extrapolated"], list[float]]
     draws: Annotated[int, Field(ge=0)] = 0
     draw_weights: str = ""
 
-    @field_validator("kind")
+    @field_validator("kind", "dtype")
     @classmethod
-    def _is_known(cls, kind: str) -> str:
-        if kind not in LAWS:
-            raise ValueError(f"expected one of {', '.join(LAWS)}; got {kind!r}")
-        return kind
+    def _is_known(cls, name: str, info: ValidationInfo) -> str:
+        known = LAWS if info.field_name == "kind" else ITEM_BYTES
+        if name not in known:
+            raise ValueError(f"expected one of {', '.join(known)}; got {name!r}")
+        return name
 
     @field_validator("sizes")
     @classmethod
@@ -185,9 +188,14 @@ def _law(document: Any, where: str) -> FittedLaw:
     cells = prod(shape)
     correction = _cells(law.correction, np.int16 if law.wide else np.int8, cells, "correction").astype(float) * STEP
     measured = np.unpackbits(_cells(law.measured, np.uint8, -(-cells // 8), "measured"), count=cells)
+    if bool(law.draws) != bool(law.draw_weights):
+        raise ValueError(
+            f"draws: expected their number and draw_weights, or neither; got {law.draws} and "
+            f"{'some' if law.draw_weights else 'none'}"
+        )
     draws = _cells(law.draw_weights, np.float32, law.draws * wanted, "draw_weights") if law.draws else np.zeros(0)
-    if (draws < 0).any():
-        raise ValueError("draw_weights: expected 0 or more; got a negative weight")
+    if not (np.isfinite(draws) & (draws >= 0)).all():
+        raise ValueError("draw_weights: expected 0 or more; got a weight that is negative or not finite")
     return FittedLaw(
         law.kind,
         law.dtype,
@@ -254,6 +262,8 @@ def read_fit(hardware: HardwareSpec) -> tuple[dict[Any, FittedLaw], Any, dict[st
             faults += [f"{fault}; {AGAIN}" for fault in error.faults]
         except ValueError as error:
             faults.append(f"{at}: {error}; {AGAIN}")
+    twice = [key for key, count in Counter(law.key for law in laws).items() if count > 1]
+    faults += [f"{where}: laws: {' '.join(filter(None, key))}: expected once; got it twice; {AGAIN}" for key in twice]
     if faults:
         raise MeasurementError(faults)
     provenance = {key: value for key, value in section.items() if key not in ("schema", "laws", "collectives")}

@@ -88,18 +88,17 @@ def lent_collectives(hardware: HardwareSpec) -> CollectiveTimes | None:
     """Return the tables of collectives of the nearest devices on the links of ``hardware``, the nearest first and each
     with the next for what it lacks; None where no device is near.
 
-    Near is a device of the same maker whose links join as many, neither more than an octave faster or slower: between
-    such the error of carrying was measured (``CARRIED_SPREAD``). Beyond it a data sheet answers.
+    Near is a device of the same maker whose links join as many, neither more than an octave faster or slower. Links
+    are those of the data sheet: a what-if scales the tables of the same lender. Beyond an octave a data sheet answers.
     """
-    here = (hardware.scale_up, hardware.scale_out)
+    links = _links_of(hardware.sheet)
     ranked = []
     for _, lender in readable_hardware():
-        there = (lender.scale_up, lender.scale_out)
-        if lender.name == hardware.name or lender.maker != hardware.maker or None in (*here, *there):
+        if lender.name == hardware.name or lender.maker != hardware.maker or lender.has_own_kernels:
             continue
-        octaves = [abs(math.log2(a.bandwidth / b.bandwidth)) for a, b in zip(here, there, strict=True) if a and b]
-        joins_as_many = here[0] and there[0] and here[0].domain_size == there[0].domain_size
-        if joins_as_many and max(octaves) <= 1.0 and (lender.fit or {}).get("collectives"):
+        (up, out, joined), (their_up, their_out, they_join) = links, _links_of(lender)
+        octaves = abs(math.log2(up / their_up)), abs(math.log2(out / their_out))
+        if joined == they_join and max(octaves) <= 1.0 and (lender.fit or {}).get("collectives"):
             ranked.append((sum(octaves), lender.architecture != hardware.architecture, lender.name, lender))
     found: CollectiveTimes | None = None
     for *_, lender in sorted(ranked, key=lambda row: row[:3], reverse=True):
@@ -111,6 +110,13 @@ def lent_collectives(hardware: HardwareSpec) -> CollectiveTimes | None:
             own = [curve for curve in tables.curves_ if not tables.is_carried(curve.kind, curve.variant)]
             found = CollectiveTimes(hardware, own, tables.reference, carried_from=lender.name, lent=found)
     return found
+
+
+def _links_of(hardware: HardwareSpec) -> tuple[float, float, int]:
+    """Return (scale-up and scale-out bandwidth, devices that the scale-up link joins); what is missing is next to none
+    and near no other's."""
+    up, out = hardware.scale_up, hardware.scale_out
+    return up.bandwidth if up else 1.0, out.bandwidth if out else 1.0, up.domain_size if up else 1
 
 
 def _lenders() -> Iterator[HardwareSpec]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,12 +52,6 @@ class OpTimes:
 
     def __post_init__(self) -> None:
         self._sheet = Roofline(self.hardware)
-        # times of what `profile` ran hold the gaps, tables of kernels do not; a CPU, without architecture, has none
-        has_gaps = self.hardware.architecture and not self.hardware.has_own_kernels
-        own = self.collectives_ or CollectiveTimes(self.hardware, [], kernel_gap_s=KERNEL_GAP_S if has_gaps else 0.0)
-        borrows = self.borrows and self.hardware.architecture and not own.has_all
-        self.links = replace(own, lent=lent_collectives(self.hardware)) if borrows else own
-        """What answers for collectives: tables measured here, those of near devices, the data sheet's links."""
         self._answers: dict[Key, Answer | None] = {}
         self._seconds: dict[Op, float] = {}
 
@@ -263,6 +258,14 @@ class OpTimes:
                 "profiles of published tables hold an engine's",
             )
         return found
+
+    @cached_property
+    def links(self) -> CollectiveTimes:
+        """What answers for collectives: tables measured here, those of near devices, the data sheet's links."""
+        own: CollectiveTimes = self.collectives_ or CollectiveTimes(
+            self.hardware, [], kernel_gap_s=KERNEL_GAP_S if self.hardware.has_kernel_gaps else 0.0
+        )
+        return replace(own, lent=lent_collectives(self.hardware)) if self.borrows and not own.has_all else own
 
     def answer(self, key: Key) -> Answer | None:
         """Return how ``key`` is answered, or None for the data sheet."""

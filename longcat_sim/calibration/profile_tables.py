@@ -72,6 +72,8 @@ def table_rows(path: Path, columns: Sequence[Sequence[str]]) -> list[Row]:
     if not lines:
         raise MeasurementError(f"{path}: expected a profile table; there is no such file; is this a profile folder?")
     header = lines[0][1]
+    if not header:
+        raise MeasurementError(f"{path}:1: expected a profile table; got an empty file; copy or measure it anew")
     at = []
     for names in columns:
         found = next((name for name in names if name in header), None)
@@ -104,7 +106,7 @@ def _cells(path: Path) -> list[Row]:
     if not path.is_file():
         return []
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
             return [(f"{path}:{reader.line_num}", row) for row in reader] or [(f"{path}:1", [])]
     except (UnicodeDecodeError, csv.Error) as fault:

@@ -71,6 +71,7 @@ class HardwareSpec(Part):
     fit: Mapping[str, Any] | None = Field(default=None, repr=False)
     """What ``calibrate`` wrote; read by ``calibration``."""
     _file: str = PrivateAttr(default="")
+    _sheet: HardwareSpec | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _sources_name_fields(self) -> HardwareSpec:
@@ -101,6 +102,17 @@ class HardwareSpec(Part):
     def where(self) -> str:
         """Where the profile stands, for messages: its file, or its name where it was made in code."""
         return self._file or f"hardware {self.name}"
+
+    @property
+    def sheet(self) -> HardwareSpec:
+        """The profile as its file has it, whatever a what-if changed since."""
+        return self._sheet or self
+
+    @property
+    def has_kernel_gaps(self) -> bool:
+        """Whether time passes between two kernels that op times leave out: on everything but a CPU (one core a
+        device), unless ``profile`` measured the times, which then hold it."""
+        return self.sm_count != 1 and not self.has_own_kernels
 
     @property
     def maker(self) -> str:
@@ -211,4 +223,5 @@ def _read_profile(path: Path, shown: str, mtime_ns: int, size: int) -> HardwareS
     if faults:
         raise SpecError(faults)
     spec._file = path.name
+    spec._sheet = spec.model_copy()
     return spec

@@ -115,7 +115,7 @@ def _sentence(fault: Mapping[str, Any], kind: type[BaseModel]) -> str:
 def _example(kind: type[BaseModel], path: tuple) -> str | None:
     """Return what the field at ``path`` under ``kind`` gives as an example of itself, if anything."""
     model = _model_at(kind, path[:-1])
-    field = model.model_fields.get(path[-1]) if _is_model(model) else None
+    field = model.model_fields.get(path[-1]) if path and _is_model(model) else None
     return str(field.examples[0]) if field is not None and field.examples else None
 
 

@@ -148,7 +148,8 @@ class Scenario:
             SpecError: an unknown path or a value that does not fit.
         """
         return Scenario(
-            self._document, where=self.where, lines=self._lines, changes={**self.changes, **changes}
+            self._document, where=self.where, lines=self._lines,
+            changes={**{path: value for path, value in self.changes.items() if path not in changes}, **changes},
         )  # fmt: skip
 
     @property
@@ -189,8 +190,10 @@ def _apply(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     result: dict[str, Any] = json.loads(json.dumps(document, default=str))
     for path, value in changes.items():
         parts = path.replace("[", ".[").split(".")
-        if not all(parts):
-            raise SpecError(f"expected names joined by single dots, such as deployment.overlap; got {path!r}")
+        if not all(re.fullmatch(r"[^][]+|\[\w+\]", part) for part in parts):
+            raise SpecError(
+                f"expected names joined by single dots, such as deployment.overlap or serve.slo[0].ttft; got {path!r}"
+            )
         _put(result, parts, deepcopy(value), "")  # a later path may set something inside the value
     return result
 
@@ -202,6 +205,10 @@ def _put(node: Any, parts: Sequence[str], value: Any, where: str) -> None:
     if isinstance(node, list):
         if len(node) == 1 and isinstance(node[0], dict) and part.isidentifier():
             return _put(node[0], parts, value, f"{where}.0")
+        if not node:
+            raise SpecError(
+                f"{where}: expected a list with a place {part.strip('[]')}; it is empty; give the whole list"
+            )
         if part.strip("[]") not in map(str, range(len(node))):
             raise SpecError(
                 f"{where}: expected a place from 0 to {len(node) - 1}, such as {'.'.join([where, '0', *rest])}; "
@@ -350,6 +357,10 @@ def _number(value: Any) -> Any:
     """Return ``1e6`` as the number that people mean; YAML reads only ``1.0e+6`` as one."""
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         return int(float(value)) if float(value).is_integer() else float(value)
+    if isinstance(value, list):
+        return [_number(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _number(each) for key, each in value.items()}
     return value
 
 

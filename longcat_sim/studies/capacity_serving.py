@@ -125,7 +125,7 @@ def serving_capacity(
         notes.append("screening ignores prefix hits between requests of the trace; the simulation has them")
     traffic = Traffic.of(best)
     share, said = leans_on(
-        best, traffic.decode_context, winner.figure("mean_decode_batch", 1.0), traffic.computed_tokens
+        best, traffic.decode_context, winner.figure("decode_sequences_per_replica", 1.0), traffic.computed_tokens
     )
     if share > LEANING:
         notes += [
@@ -177,7 +177,7 @@ def _binding(scenario: Scenario, rate: Mapping[str, Any]) -> dict[str, Any]:
     is_prompt = rate["broken_by"] == "ttft"
     part = pools.get("prefill" if is_prompt else "decode", pools.get("shared"))
     assert part is not None
-    batch = max(1.0, float(rate["mean_decode_batch"]))
+    batch = max(1.0, float(rate["decode_sequences_per_replica"]))
     ranks = part.deployment.dp_size
     tokens = traffic.computed_tokens / prompt_turns(serve.scheduler, ranks, traffic.computed_tokens)
     keys = max(traffic.prompt_keys, (tokens + 1) / 2)
@@ -294,8 +294,10 @@ def _choose(rows: list[Survivor], scenario: Scenario, executor: Executor | None)
 def _one_fewer(
     winner: Survivor, rows: list[Survivor], screened: ScreenedFleets, ranked: list[int], scenario: Scenario
 ) -> list[int]:
-    """Return the fleets with one replica less than the best so far that were not simulated and may keep the level: the
-    fluid model that ruled them out is rougher than one replica."""
+    """Return the fleets of the best one's deployments with one replica less that passed the screen and were not
+    simulated yet: the fluid model that ranks fleets is rougher than one replica. None where fewer GPUs are no aim."""
+    if search_of(scenario).objective not in ("usd_per_million_output_tokens", "num_gpus"):
+        return []
     done = {row.at for row in rows}
     too_small = [_parts(row.screened["changes"]) for row in rows if row.figures and not _keeps(row, scenario)]
     rest, counts = _parts(winner.screened["changes"])
@@ -356,7 +358,12 @@ def _why(
     objective, sense = objective_of(scenario)
     values = screened.columns[objective] * sense
     flat = [_choices(changes) for changes in screened.changes]
-    kept = {row.at: row.figure(objective) for row in rows if row is not winner and _keeps(row, scenario)}
+    is_judged = "probability" if scenario.draws > 1 else objective
+    kept = {
+        row.at: row.figure(objective)
+        for row in rows
+        if row is not winner and is_judged in (row.figures or {}) and _keeps(row, scenario)
+    }
     found = []
     for name, value in flat[winner.at].items():
         others = np.array([choices.get(name) != value for choices in flat])

@@ -20,7 +20,7 @@ from longcat_sim.simulation.serving.simulate import ServingResult
 from longcat_sim.specs.base import ParsedFloat
 from longcat_sim.specs.scenario import Scenario
 from longcat_sim.studies.engines import pools_of
-from longcat_sim.studies.served import mean_decode_batch, serve_once
+from longcat_sim.studies.served import serve_once
 
 MOST_REQUESTS = 4000
 """Requests that one candidate serves, where a steady state does not take more: enough for a 99th percentile."""
@@ -143,7 +143,8 @@ def simulate_fleet(
         "completed_ratio": complete, **_missed(run), "unstable": bool(got["unstable"]),
         "num_gpus": float(sum(fleet_size(scenario, name) * part.deployment.num_gpus for name, part in pools.items())),
         "extrapolated": bool(got["extrapolated"]), "preemptions": float(got["preemptions"]),
-        "mean_decode_batch": mean_decode_batch(run), "stay_s": stay_s, "requests": float(len(run.records)),
+        "decode_sequences_per_replica": got["decode_sequences_per_replica"], "stay_s": stay_s,
+        "requests": float(len(run.records)),
     }  # fmt: skip
 
 
@@ -288,7 +289,8 @@ def highest_rate(
         "requests_per_s": found.requests_per_s, **interval, "broken_at_requests_per_s": found.above_requests_per_s,
         "broken_by": broken, "broken_how": said, "attained": at["attained"],
         "runs": found.runs + (short.runs if short else 0),
-        "concurrent_users": found.requests_per_s * at["e2e_s"], "mean_decode_batch": at["mean_decode_batch"],
+        "concurrent_users": found.requests_per_s * at["e2e_s"],
+        "decode_sequences_per_replica": at["decode_sequences_per_replica"],
         "preemptions_above": above.get("preemptions", 0.0),
     }  # fmt: skip
 

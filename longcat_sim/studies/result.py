@@ -37,18 +37,23 @@ def table(rows: list[tuple[str, str, str]]) -> str:
     return "\n".join(f"{name:<{widths[0]}}  {value:>{widths[1]}}  {unit}" for name, value, unit in rows)
 
 
-def _given(scenario: Scenario) -> str:
-    """Return the sizes, the drafts and the price that a result was made for."""
-    step, parts = scenario.step, []
-    if isinstance(step, DecodeStep):
-        parts.append(f"{step.sequences_per_gpu:g} sequences per GPU at {step.context_tokens:,.0f} tokens of context")
-    elif step is not None:
-        parts.append(f"prompts of {step.prompt_tokens:,.0f} tokens, {step.tokens_per_gpu:,.0f} tokens per GPU")
+def _drafts(scenario: Scenario) -> list[str]:
+    """Return the tokens of a decode step and where they come from, if drafts are used."""
     drafts = scenario.speculative
-    if drafts.draft_tokens and not isinstance(step, PrefillStep):
-        chances = ", ".join(f"{chance:g}" for chance in drafts.acceptance)
-        parts.append(f"{drafts.tokens_per_step:.3g} tokens a step (drafts accepted with {chances})")
-    return "; ".join([*parts, f"{scenario.usd_per_gpu_hour:.4g} USD per GPU-hour"])
+    if not drafts.draft_tokens:
+        return []
+    chances = ", ".join(f"{chance:g}" for chance in drafts.acceptance)
+    return [f"{drafts.tokens_per_step:.3g} tokens a step (drafts accepted with {chances})"]
+
+
+def _sizes(step: DecodeStep | PrefillStep) -> str:
+    if isinstance(step, DecodeStep):
+        return f"{step.sequences_per_gpu:g} sequences per GPU at {step.context_tokens:,.0f} tokens of context"
+    return f"prompts of {step.prompt_tokens:,.0f} tokens, {step.tokens_per_gpu:,.0f} tokens per GPU"
+
+
+def _price(scenario: Scenario) -> str:
+    return f"{scenario.usd_per_gpu_hour:.4g} USD per GPU-hour"
 
 
 @dataclass
@@ -71,7 +76,7 @@ class StepOutcome:
     def __str__(self) -> str:
         lines = [
             f"{self.scenario.name}: {self.scenario.model.name} on {self._fleet()}",
-            _given(self.scenario),
+            self._given(),
             "",
             table(self.rows()),
             "",
@@ -91,6 +96,13 @@ class StepOutcome:
             lines.append(f"  communication by kind (two at once count in both): {'; '.join(moved)}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _given(self) -> str:
+        """Return the sizes, the drafts and the price that the result was made for."""
+        step = self.scenario.step
+        assert step is not None
+        drafts = _drafts(self.scenario) if isinstance(step, DecodeStep) else []
+        return "; ".join([_sizes(step), *drafts, _price(self.scenario)])
 
     def _fleet(self) -> str:
         deployment = self.scenario.deployment
@@ -214,7 +226,11 @@ class ServeOutcome:
         return list(pools_of(self.scenario, self.scenario.serve).values())
 
     def __str__(self) -> str:
-        given = "; ".join(dict.fromkeys(_given(part) for part in self._parts()))
+        assert self.scenario.serve is not None
+        prices = {name: _price(part) for name, part in pools_of(self.scenario, self.scenario.serve).items()}
+        if len(set(prices.values())) > 1:
+            prices = {name: f"{price} ({name})" for name, price in prices.items()}
+        given = "; ".join([*_drafts(self.scenario), *dict.fromkeys(prices.values())])
         lines = [f"{self.scenario.name}: {self._window():.0f} s of traffic", given, "", table(self.rows())]
         if self.figures["unstable"]:
             rate = self.figures["sustainable_requests_per_s"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from longcat_sim.capacity.op_times import op_times_of
 from longcat_sim.errors import WorkloadError
 from longcat_sim.ops.op import OpTimesLike
@@ -70,7 +72,7 @@ def serve_once(
             f"{scenario.where}: serve.workload.warm_up: expected less than the traffic lasts ({last_s:.4g} s); got "
             f"{serve.workload.warm_up:g} s, which leaves no request to count; shorten it or lengthen the traffic"
         )
-    figures["decode_sequences_per_replica"] = mean_decode_batch(run)
+    figures["decode_sequences_per_replica"] = _decode_sequences(run, figures["window_s"])
     if not is_priced:
         return run, figures
     steps = {name: StepFunction(part, times_of(part, draw)) for name, part in pools.items()}
@@ -84,14 +86,14 @@ def serve_once(
     return run, figures
 
 
-def mean_decode_batch(run: ServingResult) -> float:
-    """Return the mean number of sequences that one replica decodes at once, by Little's law over the whole run."""
+def _decode_sequences(run: ServingResult, window_s: tuple[float, float]) -> float:
+    """Return the mean number of sequences that one replica decodes at once in a window of the run."""
     columns = run.records
     done = columns.numpy("status") == COMPLETED
-    arrival = columns.numpy("arrival")[done]
-    if not len(arrival):
+    start, end = (bound * 1e9 for bound in window_s)
+    if not done.any() or end <= start:
         return 0.0
+    first, last = columns.numpy("first")[done], columns.numpy("last")[done]
+    inside = np.minimum(last, end) - np.maximum(first, start)
     pool = run.pools.get("decode") or run.pools["shared"]
-    decoding = (columns.numpy("last") - columns.numpy("first"))[done].astype(float)
-    span = max(float(arrival.max() - arrival.min()), float(decoding.max()), 1.0)
-    return float(decoding.sum()) / span / pool.num_replicas
+    return float(np.maximum(inside, 0.0).sum()) / (end - start) / pool.num_replicas

@@ -27,7 +27,7 @@ from longcat_sim.specs.scenario import Scenario
 from longcat_sim.studies.engines import budget_notes, pools_of
 from longcat_sim.studies.fleet_figures import FILL, WINDOW
 from longcat_sim.studies.result import ServeOutcome, StepOutcome
-from longcat_sim.studies.served import mean_decode_batch, serve_once
+from longcat_sim.studies.served import serve_once
 
 TRACE_WINDOW_S = (0.0, 60.0)
 FILLING = 0.2
@@ -159,7 +159,8 @@ def simulate_traffic(
     assert serve is not None
     window = TRACE_WINDOW_S if keep_spans else None
     run, figures = serve_once(scenario, step_by_step=step_by_step, window=window)
-    share, notes = leans_on(scenario, *_means(run))
+    context, prompt = _means(run)
+    share, notes = leans_on(scenario, context, figures["decode_sequences_per_replica"], prompt)
     figures["unmeasured_op_time_ratio"] = share
     figures["extrapolated"] = bool(figures["extrapolated"] or share > LEANING)
     intervals = None
@@ -202,9 +203,10 @@ def simulate_traffic(
             f"serve.replicas = {serve.replicas} has no effect beside pools, which have their own: set "
             "serve.prefill.replicas and serve.decode.replicas"
         )
+    latest = float(columns.numpy("arrival").max(initial=0)) * 1e-9
     for number, fault in enumerate(serve.faults):
-        if fault.at >= min(end, run.duration_s):
-            what = f"the last arrival ({end:.4g} s): only requests in flight can feel it"
+        if fault.at > latest:
+            what = f"the last arrival ({latest:.4g} s): only requests in flight can feel it"
             if fault.at >= run.duration_s:
                 what = f"the end of the run ({run.duration_s:.4g} s): it has no effect"
             notes.append(
@@ -233,14 +235,14 @@ def simulate_traffic(
     return ServeOutcome(scenario, run, figures, intervals, notes)
 
 
-def _means(run: ServingResult) -> tuple[float, float, float]:
-    """Return a run's mean context in the middle of an answer, decode batch of a replica, and prompt tokens computed."""
+def _means(run: ServingResult) -> tuple[float, float]:
+    """Return a run's mean context in the middle of an answer, and mean prompt tokens computed."""
     columns = run.records
     done = columns.numpy("status") == COMPLETED
     if not done.any():
-        return 1024.0, 1.0, 1024.0
+        return 1024.0, 1024.0
     inputs, outputs, cached = (columns.numpy(name)[done] for name in ("input", "output", "cached"))
-    return float((inputs + outputs / 2).mean()), mean_decode_batch(run), float((inputs - cached).mean())
+    return float((inputs + outputs / 2).mean()), float((inputs - cached).mean())
 
 
 def leans_on(scenario: Scenario, context: float, batch: float, prompt: float) -> tuple[float, list[str]]:

@@ -108,6 +108,16 @@ def test_the_winner_keeps_its_level_and_one_replica_less_does_not(base: Scenario
         )
 
 
+def test_nothing_that_was_simulated_and_kept_the_level_is_better_than_the_winner(base: Scenario) -> None:
+    """Even where the first fleet that was simulated is larger than it need be; so does what says why it wins."""
+    for survivors in (1, 6):
+        case = base.what_if({"search.survivors": survivors, "search.num_gpus": [1], "search.tp_size": [1]})
+        result = serving_capacity(case)
+        replicas = {row.figure("num_gpus"): is_met(row.figures or {}, case) for row in result.survivors}
+        assert min(size for size, is_kept in replicas.items() if is_kept) == result.winner.figure("num_gpus")
+        assert all(row["ratio"] >= 1 for row in result.why if row["is_simulated"])
+
+
 def test_a_first_token_below_the_physical_limit_says_the_limit(base: Scenario) -> None:
     """500 tokens of 8 B parameters on 2 GPUs at 1,979 TFLOP/s of fp8: 2.02 ms; or 14 GB of weights on 2 x 3.35 TB/s."""
     slo = [{"name": "d", "ttft": "1 ms", "tpot": "25 ms"}]

@@ -156,16 +156,42 @@ def test_what_a_device_has_no_table_of_is_lent_by_the_nearest_one_and_scaled_to_
     assert set(chain.overlap_rates("normal")) == {"dispatch", "combine"}
 
 
-def test_links_that_are_far_from_any_measured_ones_are_read_off_the_data_sheet() -> None:
-    asked = op("combine", variant="low_latency", message_bytes=2e6, ranks=32)
-    for bandwidth, tag in (("60 GB/s", "extrapolated"), ("400 GB/s", "datasheet")):
-        changed = scenario(
-            "longcat-flash-h800-decode", {"hardware": "b200-sxm", "hardware.scale_out.bandwidth": bandwidth}
-        )
-        times = OpTimes.from_hardware(changed.hardware)
-        assert times.tag(asked) == tag
+def test_a_lent_table_is_scaled_smoothly_and_never_slower_on_a_faster_link() -> None:
+    base = scenario("longcat-flash-h800-decode", {"hardware": "h20"})
+    for link, ranks in (("scale_up", 8), ("scale_out", 8), ("scale_out", 32)):
+        asked = op("all_gather", message_bytes=1e6, ranks=ranks)
+        if ranks == 32:
+            asked = op("combine", variant="low_latency", message_bytes=2e6, ranks=ranks)
+        times = []
+        for bandwidth in np.geomspace(12, 1600, 60):
+            changed = base.what_if({f"hardware.{link}.bandwidth": f"{bandwidth} GB/s"})
+            times.append(OpTimes.from_hardware(changed.hardware).seconds(asked))
+        assert (np.diff(times) <= 1e-12).all(), (link, ranks)
+        # (1 / bandwidth grows by a quarter at most from one to the next)
+        assert (np.divide(times[:-1], times[1:]) < 1.13).all(), (link, ranks)
+
+
+def test_links_that_differ_widen_what_is_lent() -> None:
     faster = spread_of("b200-sxm", 32, {"hardware.scale_out.bandwidth": "90 GB/s"})
     assert faster == pytest.approx(
         np.hypot(CARRIED_SPREAD["low_latency"], EXTRAPOLATED_SPREAD * np.log2(1.8)), rel=0.15
     )
-    assert spread_of("b300-sxm", 32) == pytest.approx(np.hypot(0.13, EXTRAPOLATED_SPREAD), rel=0.15)
+    assert spread_of("b300-sxm", 32) == pytest.approx(
+        np.hypot(CARRIED_SPREAD["low_latency"], EXTRAPOLATED_SPREAD), rel=0.15
+    )
+
+
+def test_errors_that_have_one_cause_are_drawn_together_and_others_apart() -> None:
+    kinds = [("all_gather", ""), ("reduce_scatter", ""), ("dispatch", "low_latency"), ("combine", "normal")]
+    asked = [op(kind, variant=variant, message_bytes=1e6, ranks=8) for kind, variant in kinds]
+
+    def correlations(name: str) -> FloatArray:
+        times = OpTimes.from_hardware(load_hardware(name))
+        draws = [times.draw(i) for i in range(1, 200)]
+        return np.corrcoef([[np.log(draw.seconds(each)) for draw in draws] for each in asked])
+
+    for name in ("h20", "h800-sxm"):  # an H100's tables of NCCL, lent and fitted
+        assert correlations(name)[0, 1] > 0.99
+    for name in ("h20", "b200-sxm"):
+        assert np.abs(correlations(name)[2:, :2]).max() < 0.25
+        assert abs(correlations(name)[2, 3]) < 0.25

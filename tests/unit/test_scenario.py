@@ -136,6 +136,15 @@ def test_a_what_if_does_not_change_the_one_it_comes_from() -> None:
     assert first.what_if({}).serve.scheduler.block_tokens == 16
 
 
+def test_a_place_in_an_empty_list_is_refused_and_the_last_of_two_spellings_counts(write) -> None:
+    with pytest.raises(SpecError, match=r"serve\.faults: expected a list with a place 0; it is empty"):
+        scenario(write(SERVED), {"serve.faults": [], "serve.faults.0.kind": "slow_rank"})
+    case = scenario(write(SERVED))
+    for path, value in (("serve.slo.ttft", "3 s"), ("serve.slo.0.ttft", "4 s"), ("serve.slo.ttft", "5 s")):
+        case = case.what_if({path: value})
+    assert case.serve.slo[0].ttft == 5.0
+
+
 SERVED = """\
 model: longcat-flash
 hardware: h800-sxm
@@ -166,8 +175,12 @@ def test_an_entry_of_a_list_is_set_by_its_place(write) -> None:
         ("speculative.acceptance.2", "speculative.acceptance: expected a place from 0 to 1, such as"),
         ("serve.slo.1.ttft", "serve.slo: expected a place from 0 to 0, such as serve.slo.0.ttft; got '1'"),
         ("serve.slo[x].ttft", "serve.slo: expected a place from 0 to 0"),
+        ("speculative.acceptance[0", "expected names joined by single dots"),
         ("draws[0]", "draws: expected a list; got 32; leave [0] out"),
-        ("serve..slo", "expected names joined by single dots, such as deployment.overlap; got 'serve..slo'"),
+        (
+            "serve..slo",
+            "expected names joined by single dots, such as deployment.overlap or serve.slo[0].ttft; got 'serve..slo'",
+        ),
     ],
 )
 def test_a_path_into_a_list_says_which_places_there_are(write, path: str, words: str) -> None:

@@ -103,6 +103,11 @@ def test_a_profile_of_another_schema_is_a_note_and_the_rest_is_printed(folder: P
         ),
         (lambda law: law["reference"].update(peak=-1), "reference.peak: expected greater than 0; got -1"),
         (lambda law: law.update(correlation=7), "correlation: expected less than or equal to 1; got 7"),
+        (lambda law: law.update(correlation=-0.5), "correlation: expected greater than or equal to 0; got -0.5"),
+        (lambda law: law["reference"].update(sm_count=0), "reference.sm_count: expected greater than 0; got 0"),
+        (lambda law: law.pop("draws"), "draws: expected their number and draw_weights, or neither; got 0 and some"),
+        (lambda law: law.update(kind="gem"), "kind: expected one of gemm, "),
+        (lambda law: law.update(dtype="fp7"), "dtype: expected one of "),
         (lambda law: law.update(draws=-3), "draws: expected greater than or equal to 0; got -3"),
         (lambda law: law.update(draws=2), "draw_weights: expected"),
     ],
@@ -128,6 +133,20 @@ def test_a_damaged_table_of_collectives_is_refused_by_name(folder: Path, key: st
     write(folder, "mine", laws=fit["laws"][:1], collectives=fit["collectives"])
     with pytest.raises(MeasurementError, match=rf"mine.yaml: fit: collectives: .* of {name}; restore the section"):
         OpTimes.from_hardware(load_hardware("mine"))
+
+
+def test_what_is_no_law_or_stands_twice_is_refused(folder: Path) -> None:
+    law = yaml.safe_load((PACKAGED / "h800-sxm.yaml").read_text(encoding="utf-8"))["fit"]["laws"][0]
+    for laws, says in (
+        (["oops"], "laws: number 1: "),
+        ([None], "laws: number 1: "),
+        ([law, law], "expected once; got"),
+    ):
+        write(folder, "mine", laws=laws)
+        with pytest.raises(MeasurementError, match=says):
+            OpTimes.from_hardware(load_hardware("mine"))
+        other = OpTimes.from_hardware(load_hardware("b200-sxm"))  # a broken profile lends nothing
+        assert other.seconds(op("router", dtype="fp32", tokens=8, hidden=64, experts=8, top_k=1)) > 0
 
 
 @pytest.mark.parametrize(("key", "value"), [("reference", {"scale_up": -1}), ("kernel_gap_us", -1)])

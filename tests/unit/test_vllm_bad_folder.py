@@ -88,9 +88,13 @@ def test_memory_is_a_number_of_gib(make: Any, size: Any) -> None:
     ("change", "says"),
     [
         ({"hardware": "H100"}, "hardware: the run had CARD, the profile is of H100"),
-        ({"model": "meta-llama/Llama-3.1-8B"}, "model: the run had Qwen3-32B, the profile is of Llama-3.1-8B"),
+        (
+            {"model": "meta-llama/Llama-3.1-8B"},
+            "model: the run had Qwen/Qwen3-32B, the profile is of meta-llama/Llama-3.1-8B",
+        ),
         ({"vllm_version": "0.19.0"}, "vllm_version: the run had 0.28.0, the profile is of 0.19.0"),
-        ({"hardware": "card", "model": "Qwen3-32B", "vllm_version": "0.28.0"}, ""),
+        ({"hardware": "ca-rd", "model": "Qwen3-32B", "vllm_version": "v0.28.1+cu130"}, ""),
+        ({"vllm_version": "main"}, ""),  # says nothing
     ],
 )
 def test_a_profile_of_another_card_model_or_version_is_said(make: Any, change: dict[str, str], says: str) -> None:
@@ -100,6 +104,18 @@ def test_a_profile_of_another_card_model_or_version_is_said(make: Any, change: d
     (folder / "profile" / "meta.yaml").write_text(json.dumps(sheet))
     found = [each for each in remarks(folder) if "the profile is of" in each]
     assert [says in each for each in found] == ([True] if says else [])
+
+
+def test_a_local_path_of_a_model_is_no_other_model(make: Any) -> None:
+    for path, says in (("/data/model", False), ("Qwen/Qwen3-30B-A3B", True)):
+        folder = make(path.replace("/", "-"), model=path)
+        assert any("model: the run had" in each for each in remarks(folder)) == says
+
+
+@pytest.mark.parametrize("nodes", [5, [None], [{"instances": ["x"]}], [{"instances": [{"npu_mem": "96"}]}]])
+def test_a_damaged_deployment_is_refused(make: Any, nodes: Any) -> None:
+    with pytest.raises(MeasurementError, match=r"config\.json: nodes: expected a list such as"):
+        RunFolder.read(make("run", config={"nodes": nodes}))
 
 
 @pytest.mark.parametrize("damage", [lambda d: d.pop("vllm_version"), lambda d: d.update(vllm_version="nightly")])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ def read_json(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MeasurementError(f"{path}: {MISSING}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as fault:
         raise MeasurementError(f"{path}: expected JSON; got {fault}; mend the file") from None
     if not isinstance(document, dict):
         raise MeasurementError(f"{path}: expected a JSON object; got {type(document).__name__}; mend the file")
@@ -33,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def is_number(value: Any) -> bool:
     """Return whether a JSON value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def read_measured(path: Path) -> list[dict[str, Any]]:

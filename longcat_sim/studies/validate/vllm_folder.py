@@ -6,7 +6,7 @@ import csv
 import difflib
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +60,22 @@ def find_model(names: Sequence[str], folder: Path) -> ModelSpec:
         f"{folder}: expected the shape of {names[0] if names else 'a model'!r} in model_config.json (its published "
         f"config.json), or one of the packaged models {', '.join(model_names())}; add the file"
     )
+
+
+def _plain(name: str) -> str:
+    """Return a card's or model's name without its owner, case and punctuation."""
+    return re.sub(r"[^a-z0-9]", "", name.rstrip("/").rsplit("/", 1)[-1].lower())
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version; none where it does not begin with two, or is a build's own."""
+    found = re.match(r"v?(\d+)\.(\d+)(?!\.dev)", version)
+    return tuple(map(int, found.groups())) if found else ()
+
+
+def _is_local(names: Sequence[str]) -> bool:
+    """Whether the first name says nothing of a model: it is a path, or missing."""
+    return not names or not names[0] or names[0].startswith(("/", ".", "~"))
 
 
 @dataclass(frozen=True)
@@ -118,17 +134,18 @@ class RunFolder:
 
     def warn_of_another_profile(self) -> None:
         """Warn where the profile says that it is of another card, model or version of vLLM than the run."""
-        of_run = {
-            "hardware": self.instance.get("hardware"),
-            "model": self.meta.get("model"),
-            "vllm_version": self.meta.get("vllm_version"),
-        }
-        for key, wanted in of_run.items():
-            names = [str(name).rstrip("/").rsplit("/", 1)[-1] for name in (wanted, self.profile.get(key)) if name]
-            if len(names) == 2 and names[0].lower() != names[1].lower():
+        version, given = self.meta.get("vllm_version"), self.profile.get("vllm_version")
+        pairs: list[tuple[str, list[Any], Any, Callable[[str], Any]]] = [
+            ("hardware", [self.instance.get("hardware")], self.profile.get("hardware"), _plain),
+            ("model", self._model_names(), self.profile.get("model"), _plain),
+            ("vllm_version", [version], given, _release),
+        ]
+        for key, wanted, got, read in pairs:
+            names = [str(name) for name in wanted if name and read(str(name))]
+            if names and got and read(str(got)) and read(str(got)) not in map(read, names):
                 warnings.warn(
-                    f"{self.path / 'profile' / 'meta.yaml'}: {key}: the run had {names[0]}, the profile is of "
-                    f"{names[1]}; its kernel times may not be this run's",
+                    f"{self.path / 'profile' / 'meta.yaml'}: {key}: the run had {names[0]}, the profile is of {got}; "
+                    "its kernel times may not be this run's",
                     stacklevel=3,
                 )
 
@@ -182,16 +199,21 @@ class RunFolder:
     @property
     def instance(self) -> Mapping[str, Any]:
         """The first instance of the deployment."""
-        for node in self.config.get("nodes") or []:
-            for instance in node.get("instances") or []:
-                return dict(instance)
+        try:
+            for node in self.config.get("nodes") or []:
+                for instance in node.get("instances") or []:
+                    return dict(instance) | {"npu_mem": dict(instance.get("npu_mem") or {})}
+        except (AttributeError, TypeError, ValueError):
+            raise MeasurementError(
+                f"{self.path / 'config.json'}: nodes: expected a list such as [{{instances: [{{model_name: .., "
+                f"npu_mem: {{mem_size: 96}}}}]}}]; got {str(self.config['nodes'])[:80]}; mend it"
+            ) from None
         return {}
 
     @property
     def version(self) -> tuple[int, ...]:
         """vLLM's version, two numbers; none where it does not begin with two, or is a build's own (0.1.dev)."""
-        found = re.match(r"v?(\d+)\.(\d+)(?!\.dev)", str(self.meta.get("vllm_version") or ""))
-        return tuple(map(int, found.groups())) if found else ()
+        return _release(str(self.meta.get("vllm_version") or ""))
 
     @property
     def _no_version(self) -> str:
@@ -232,11 +254,16 @@ class RunFolder:
         Raises:
             MeasurementError: nothing in the folder names or describes a known model.
         """
+        names, own = self._model_names(), self.profile.get("model")
+        return find_model([*names, str(own)] if own and _is_local(names) else names, self.path)
+
+    def _model_names(self) -> list[str]:
+        """Return what the run and its deployment call the model; the deployment's where the run's is a local path."""
         settings = self.meta.get("engine_kwargs") or {}
         names = [str(self.meta.get("model") or settings.get("model") or "")]
-        if not names[0] or names[0].startswith(("/", ".", "~")):
-            names += [str(name) for name in (self.instance.get("model_name"), self.profile.get("model")) if name]
-        return find_model([name for name in names if name], self.path)
+        if _is_local(names) and self.instance.get("model_name"):
+            names.append(str(self.instance["model_name"]))
+        return [name for name in names if name]
 
     def cached_share(self) -> float:
         """Return the share of prompt tokens that the engine found in its prefix cache (``timeseries.csv``), else 0.
