@@ -84,7 +84,8 @@ def _descend(
         return float((size * smooth).mean() + (has_prior * away**2).sum() / 2), slope
 
     bounds = [(0.0, None)] * (len(unit) - 1) + [(0.0, most * unit[-1])]
-    return minimize(error, weights * unit, jac=True, method="L-BFGS-B", bounds=bounds, tol=1e-6).x / unit
+    found = minimize(error, weights * unit, jac=True, method="L-BFGS-B", bounds=bounds, tol=1e-6).x
+    return np.maximum(found / unit, 0.0)  # it may end 1e-19 below a bound
 
 
 def _settle(

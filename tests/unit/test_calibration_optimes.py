@@ -172,3 +172,17 @@ def test_a_law_settles_where_both_compute_and_memory_matter() -> None:
     device = Device(96.4e9, 28.65e9, 1.0, 1 << 20)
     weights = weigh(sizes, seconds, "bmm", "fp32", device)
     assert np.abs(law_seconds(weights, sizes, "bmm", "fp32", device) / seconds - 1).mean() < 0.08
+
+
+def test_no_weight_is_below_zero() -> None:
+    """A descent may end 1e-19 below its bound, and a profile with a negative weight is refused when it is read."""
+    device = Device(1e11, 3.25e10, 1.0, 1 << 20)
+    rows, pairs = (part.ravel() for part in np.meshgrid(4.0 ** np.arange(6), np.arange(4)))
+    sizes = (rows, np.array([768.0, 512, 2048, 4096])[pairs], np.array([256.0, 512, 512, 1024])[pairs])
+    law = np.array([2.6e-5, 0, 1.02, 0, 0, 0, 0.32, 0.12, 1.25, 54, 19.7, 1.06])
+    for seed in (1, 6, 16, 26, 27):
+        rng = np.random.default_rng(seed)
+        seconds = law_seconds(law, sizes, "gemm", "fp32", device) * rng.lognormal(0, 0.15, len(rows))
+        weights = weigh(sizes, seconds, "gemm", "fp32", device)
+        for counts in rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=64).astype(float):
+            assert weigh(sizes, seconds, "gemm", "fp32", device, counts, weights).min() >= 0
