@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -103,60 +101,6 @@ class CollectiveTimes:
         """Return the times of measured points; ``empty_from`` lends empty-message times where a table has one size."""
         kinds = [("dispatch", "low_latency"), ("combine", "low_latency"), ("dispatch", "normal"), ("combine", "normal")]
         return cls(hardware, fit_curves(points, dict.fromkeys(kinds, empty_from)))
-
-    @classmethod
-    def from_fit(cls, section: Mapping[str, Any], hardware: HardwareSpec) -> CollectiveTimes:
-        """Return what ``to_fit`` wrote, with the links that ``hardware`` has now.
-
-        Raises:
-            ValueError: a curve's bytes do not rise from 0 on, or it has other than one positive time for each; a
-                link's name is not known or its bandwidth not positive, or the gap is negative.
-        """
-        links = section["reference"]
-        if (
-            not links
-            or not links.keys() <= {"scale_up", "scale_out"}
-            or min(links.values()) <= 0
-            or section["kernel_gap_us"] < 0
-        ):
-            raise ValueError(f"reference {section['reference']} and kernel_gap_us {section['kernel_gap_us']}")
-        for row in section["curves"]:
-            rises = row["bytes"] and row["bytes"][0] >= 0 and all(low < high for low, high in pairwise(row["bytes"]))
-            if not rises or len(row["bytes"]) != len(row["us"]) or min(row["us"]) <= 0 or row["ranks"] < 1:
-                name = " ".join(str(row[key]) for key in ("kind", "variant", "ranks"))
-                raise ValueError(f"bytes {row['bytes']} and us {row['us']} of {name}")
-        curves = [
-            Curve(
-                row["kind"], row["variant"], int(row["ranks"]), tuple(row["bytes"]),
-                tuple(us * 1e-6 for us in row["us"]), (section["sources"][row["source"]],), row.get("borrowed", ""),
-            )
-            for row in section["curves"]
-        ]  # fmt: skip
-        gap = float(section["kernel_gap_us"]) * 1e-6
-        return cls(
-            hardware, curves, dict(section["reference"]), carried_from=section.get("carried_from", ""), kernel_gap_s=gap
-        )
-
-    def to_fit(self) -> dict[str, Any]:
-        """Return the ``collectives:`` section of a profile's fit."""
-        sources = list(dict.fromkeys("; ".join(curve.sources) for curve in self.curves_))
-        rows = []
-        for curve in self.curves_:
-            row: dict[str, Any] = {
-                "kind": curve.kind, "variant": curve.variant, "ranks": curve.ranks,
-                "source": sources.index("; ".join(curve.sources)), "bytes": [round(float(b)) for b in curve.bytes],
-                "us": [round(float(s) * 1e6, 2) for s in curve.seconds],
-            }  # fmt: skip
-            if curve.borrowed:
-                row["borrowed"] = curve.borrowed
-            rows.append(row)
-        section: dict[str, Any] = {
-            "reference": dict(self.reference), "kernel_gap_us": round(self.kernel_gap_s * 1e6, 3), "sources": sources,
-            "curves": rows,
-        }  # fmt: skip
-        if self.carried_from:
-            section["carried_from"] = self.carried_from
-        return section
 
     def carried_to(self, hardware: HardwareSpec, kinds: Iterable[str] | None = None) -> CollectiveTimes:
         """Return these curves for another device: times scale with its links' bandwidth."""

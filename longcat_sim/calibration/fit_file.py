@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -19,8 +18,9 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, ValidationInfo, field_validator
 
+from longcat_sim.calibration.collective_file import collectives_section, read_collectives
 from longcat_sim.calibration.collectives import CollectiveTimes
 from longcat_sim.calibration.fitted import LEVELS, FittedLaw
 from longcat_sim.calibration.laws import LAWS, Device
@@ -34,8 +34,6 @@ from longcat_sim.specs.loading import validate
 
 SCHEMA = 5
 AGAIN = "write the fit again with `calibrate`"
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
 STEP = 0.01
 """Resolution of a packed correction; far below any fit's error."""
 
@@ -95,17 +93,17 @@ def write_section(
         laws.append(document)
     section: dict[str, Any] = {"schema": SCHEMA, **provenance, "laws": laws}
     if collectives is not None:
-        section["collectives"] = collectives.to_fit()
+        section["collectives"] = collectives_section(collectives)
     return section
 
 
 class _Reference(Part):
     """As ``laws.Device``."""
 
-    peak: Positive
-    bandwidth: Positive
-    sm_count: Positive
-    cache_bytes: Positive
+    peak: PositiveFloat
+    bandwidth: PositiveFloat
+    sm_count: PositiveFloat
+    cache_bytes: PositiveFloat
 
 
 class _Law(Part):
@@ -115,19 +113,19 @@ class _Law(Part):
     dtype: str
     variant: str = ""
     transferred_from: str = ""
-    points: Annotated[int, Field(ge=0)]
+    points: NonNegativeInt
     sources: tuple[str, ...]
     errors: dict[str, dict[str, float]]
     reference: _Reference
-    weights: list[NotNegative]
+    weights: list[NonNegativeFloat]
     """A law with a negative one would fall as a size grows."""
-    sizes: dict[str, list[NotNegative]]
+    sizes: dict[str, list[NonNegativeFloat]]
     wide: bool = False
     correction: str
     measured: str
     correlation: Annotated[float, Field(ge=0, le=1)]
     residuals: dict[Literal["interpolated", "extrapolated"], list[float]]
-    draws: Annotated[int, Field(ge=0)] = 0
+    draws: NonNegativeInt = 0
     draw_weights: str = ""
 
     @field_validator("kind", "dtype")
@@ -215,25 +213,6 @@ def _law(document: Any, where: str) -> FittedLaw:
     )
 
 
-def _check_finite(part: Any, name: str = "") -> None:
-    """Raise ValueError if a figure in plain data is not finite; says which."""
-    if isinstance(part, Mapping):
-        for key, inner in part.items():
-            _check_finite(inner, f"{name}.{key}".lstrip("."))
-    elif isinstance(part, list):
-        for inner in part:
-            _check_finite(inner, name)
-    elif isinstance(part, float) and not math.isfinite(part):
-        raise ValueError(f"{part} in {name}")
-
-
-def _says(error: Exception) -> str:
-    """Return what is wrong with a section, for the person who reads the file."""
-    if isinstance(error, KeyError):
-        return f"no {error.args[0]!r}"
-    return str(error)
-
-
 def read_fit(hardware: HardwareSpec) -> tuple[dict[Any, FittedLaw], Any, dict[str, Any], int]:
     """Return (laws, collectives or None, provenance, draws) of a profile; nothing where it has no fit.
 
@@ -269,25 +248,6 @@ def read_fit(hardware: HardwareSpec) -> tuple[dict[Any, FittedLaw], Any, dict[st
     provenance = {key: value for key, value in section.items() if key not in ("schema", "laws", "collectives")}
     draws = max((len(law.draws_) for law in laws), default=64)
     return {law.key: law for law in laws}, read_collectives(hardware), provenance, draws
-
-
-def read_collectives(hardware: HardwareSpec) -> CollectiveTimes | None:
-    """Return the collectives of a profile's ``fit:``, whatever version wrote its laws; None where it has none.
-
-    Raises:
-        MeasurementError: they cannot be read.
-    """
-    section = (hardware.fit or {}).get("collectives")
-    if not section:
-        return None
-    try:
-        _check_finite({name: section[name] for name in ("reference", "kernel_gap_us", "curves")})
-        return CollectiveTimes.from_fit(section, hardware)
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise MeasurementError(
-            f"{hardware.where}: fit: collectives: expected what `calibrate` writes; got {_says(error)}; "
-            "restore the section"
-        ) from None
 
 
 class _Wide(yaml.SafeDumper):

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from longcat_sim.calibration.answer import Key
+from longcat_sim.calibration.collective_file import read_collectives
 from longcat_sim.calibration.collectives import CollectiveTimes
-from longcat_sim.calibration.fit_file import read_collectives, read_fit
+from longcat_sim.calibration.fit_file import read_fit
 from longcat_sim.calibration.fitted import FittedLaw
 from longcat_sim.calibration.laws import Device
 from longcat_sim.calibration.transfer import device_of

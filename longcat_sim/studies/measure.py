@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from longcat_sim.calibration import OpTimes, write_fit
-from longcat_sim.calibration.fit_file import read_collectives
+from longcat_sim.calibration.collective_file import read_collectives
 from longcat_sim.errors import SpecError
 from longcat_sim.records.files import write_text
 from longcat_sim.records.measurement import Environment, load_measurements

@@ -159,4 +159,4 @@ def test_a_damaged_fit_is_a_fault_of_the_file(capsys: pytest.CaptureFixture[str]
     )
     code, _, err = run(capsys, "simulate", "longcat-flash-h800-decode", "--set", f"hardware={path}")
     assert code == 2
-    assert "collectives: expected what `calibrate` writes" in err
+    assert "broken.yaml: fit: collectives: reference: expected a valid dictionary; got None; restore the section" in err

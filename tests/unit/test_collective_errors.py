@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from longcat_sim.calibration.collective_curves import Curve
+from longcat_sim.calibration.collective_file import read_collectives
 from longcat_sim.calibration.collectives import (
     CARRIED_SPREAD,
     EXTRAPOLATED_SPREAD,
@@ -14,7 +15,6 @@ from longcat_sim.calibration.collectives import (
     SHEET_SPREAD,
     CollectiveTimes,
 )
-from longcat_sim.calibration.fit_file import read_collectives
 from longcat_sim.calibration.op_times import OpTimes
 from longcat_sim.calibration.roofline import Roofline
 from longcat_sim.ops.op import FloatArray, OpArrays, op

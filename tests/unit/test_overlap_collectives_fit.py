@@ -3,7 +3,7 @@
 import pytest
 
 from longcat_sim.calibration.collective_curves import Curve
-from longcat_sim.calibration.collectives import CollectiveTimes
+from longcat_sim.calibration.collective_file import read_collectives
 from longcat_sim.ops.op import op
 from longcat_sim.specs.hardware import load_hardware
 
@@ -11,10 +11,7 @@ from longcat_sim.specs.hardware import load_hardware
 @pytest.fixture(scope="module")
 def times():
     hardware = load_hardware("h800-sxm")
-    section = (hardware.fit or {}).get("collectives")
-    if not section:
-        pytest.skip("the profile holds no collectives")
-    return CollectiveTimes.from_fit(section, hardware)
+    return read_collectives(hardware)
 
 
 def exchange(kind, tokens, ranks, row):
@@ -55,7 +52,7 @@ def test_a_faster_link_helps_what_it_carries(times):
     faster = hardware.model_copy(
         update={"scale_out": hardware.scale_out.model_copy(update={"bandwidth": 2 * hardware.scale_out.bandwidth})}
     )
-    changed = CollectiveTimes.from_fit(hardware.fit["collectives"], faster)
+    changed = read_collectives(faster)
     wide, inside = exchange("combine", 128, 128, 14336), op("all_gather", message_bytes=1e7, ranks=4)
     assert 0.45 < changed.seconds(wide) / times.seconds(wide) < 0.75
     assert changed.seconds(inside) == times.seconds(inside)

@@ -124,15 +124,46 @@ def test_a_damaged_law_is_refused_by_name(folder: Path, damage: Any, says: str) 
     assert "Error" not in fault
 
 
-@pytest.mark.parametrize(("key", "value"), [("us", [5.0]), ("bytes", [8, 4]), ("us", [5.0, 0.0]), ("bytes", [])])
-def test_a_damaged_table_of_collectives_is_refused_by_name(folder: Path, key: str, value: list) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("us", [5.0], "expected one of us for each of bytes"),
+        ("us", [5.0, 0.0], "us[1]: expected greater than 0; got 0.0"),
+        ("bytes", [8, 4], "bytes: expected sizes that rise"),
+        ("bytes", [], "bytes: expected sizes that rise"),
+        ("bytes", [-4, 8], "bytes[0]: expected greater than or equal to 0; got -4"),
+        ("variant", "fast", "variant: expected '', 'low_latency' or 'normal'; got 'fast'"),
+        ("ranks", 8.5, "ranks: expected a valid integer"),
+        ("source", 99, "source: expected a number below 3 (sources); got 99"),
+        ("sauce", 1, "sauce: expected a known key; got 'sauce'; did you mean 'source'?"),
+    ],
+)
+def test_a_damaged_table_of_collectives_is_refused_by_name(folder: Path, key: str, value: Any, says: str) -> None:
     fit = yaml.safe_load((PACKAGED / "h800-sxm.yaml").read_text(encoding="utf-8"))["fit"]
     curve = fit["collectives"]["curves"][0]
     curve |= {"bytes": [4, 8], "us": [5.0, 6.0], key: value}
-    name = f"{curve['kind']} {curve['variant']} {curve['ranks']}"
     write(folder, "mine", laws=fit["laws"][:1], collectives=fit["collectives"])
-    with pytest.raises(MeasurementError, match=rf"mine.yaml: fit: collectives: .* of {name}; restore the section"):
+    with pytest.raises(MeasurementError) as caught:
         OpTimes.from_hardware(load_hardware("mine"))
+    (fault,) = caught.value.faults
+    assert fault.startswith(f"mine.yaml: fit: collectives: {curve['kind']} {curve['variant']} {curve['ranks']}: ")
+    assert says in fault
+    assert fault.endswith("; restore the section")
+
+
+def test_what_is_no_table_of_collectives_is_refused(folder: Path) -> None:
+    fit = yaml.safe_load((PACKAGED / "h800-sxm.yaml").read_text(encoding="utf-8"))["fit"]
+    for section, says in (
+        (fit["collectives"] | {"curves": ["oops"]}, "collectives: curve 1: "),
+        (
+            fit["collectives"] | {"curves": [{**fit["collectives"]["curves"][0], "kind": "gemm"}]},
+            "kind: expected one of ",
+        ),
+        ([1], "collectives: "),
+    ):
+        write(folder, "mine", laws=fit["laws"][:1], collectives=section)
+        with pytest.raises(MeasurementError, match=says):
+            OpTimes.from_hardware(load_hardware("mine"))
 
 
 def test_what_is_no_law_or_stands_twice_is_refused(folder: Path) -> None:
@@ -153,7 +184,7 @@ def test_what_is_no_law_or_stands_twice_is_refused(folder: Path) -> None:
 def test_links_and_gaps_of_collectives_are_positive(folder: Path, key: str, value: Any) -> None:
     fit = yaml.safe_load((PACKAGED / "h800-sxm.yaml").read_text(encoding="utf-8"))["fit"]
     write(folder, "mine", laws=fit["laws"][:1], collectives=fit["collectives"] | {key: value})
-    with pytest.raises(MeasurementError, match=rf"mine.yaml: fit: collectives: .*{key} .*-1.*; restore the section"):
+    with pytest.raises(MeasurementError, match=rf"mine.yaml: fit: collectives: {key}.* got -1; restore the section"):
         OpTimes.from_hardware(load_hardware("mine"))
 
 
