@@ -49,10 +49,16 @@ class Lent(NamedTuple):
 def distance(hardware: HardwareSpec, law: FittedLaw, lender: HardwareSpec) -> float:
     """Return the median |error| (log) to expect of a law of ``lender`` on ``hardware``.
 
+    Figures are those of the data sheet: a what-if scales the law of the same lender, so that it has no jumps.
+
     Raises:
         SpecError: ``hardware`` has no peak for the law's dtype.
     """
-    here, there = device_of(hardware, law.dtype), law.reference
+    try:
+        here = device_of(hardware.sheet, law.dtype)
+    except SpecError:  # a what-if may add the type
+        here = device_of(hardware, law.dtype)
+    there = law.reference
     balance = (here.peak / here.bandwidth) / (there.peak / there.bandwidth)
     return (
         OTHER_ARCHITECTURE * (not hardware.architecture or hardware.architecture != lender.architecture)

@@ -149,3 +149,21 @@ def test_kernels_have_gaps_wherever_tables_leave_them_out(name: str, gap: float)
 def test_a_sister_device_comes_within_a_few_percent_over_a_step() -> None:
     for name in ("h100-sxm", "h200-sxm"):
         assert step_ratios(name)[0] == pytest.approx(1.0, abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["mi325x", "mi355x", "tpu-v7"])
+def test_a_what_if_keeps_its_lender(name: str) -> None:
+    """Another lender at another bandwidth made twice the bandwidth 37 % slower."""
+    hardware = load_hardware(name)
+    ops = [
+        op("gemm", m=64, n=6144, k=6144),
+        op("mla_decode", batch=64, queries=1, context=4096, heads=64, latent=512, rope=64),
+    ]
+    for figure in ("memory_bandwidth", "peak"):
+        found = []
+        for factor in (0.25, 0.5, 0.8, 1.0, 1.3, 1.6, 2.0, 4.0):
+            value = getattr(hardware, figure)
+            faster = {kind: rate * factor for kind, rate in value.items()} if figure == "peak" else value * factor
+            times = OpTimes.from_hardware(hardware.model_copy(update={figure: faster}))
+            found.append([times.seconds(one) for one in ops])
+        assert (np.diff(found, axis=0) <= 1e-12).all(), figure
