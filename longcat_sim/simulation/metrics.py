@@ -2,14 +2,14 @@
 
 Symbols of one request's life: arrival a, first token f, last token l, n tokens. TTFT = f - a, TPOT = (l - f)/(n - 1),
 E2E = l - a. Requests that arrive during the warm-up are served, not counted; but ITL, which pools the gaps of all
-tokens, and preemptions are of the whole run. Rates are over ``window_s`` (``counted_window_s``), so that rate x price
-is what an hour costs; ``duration_s`` goes on to the last token.
+tokens, and preemptions are of the whole run. Rates are over ``window_s`` (``counted_work``), so that rate x price is
+what an hour costs; ``duration_s`` goes on to the last token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -45,23 +45,63 @@ def gap_summary(gaps: GapHistogram) -> Summary:
     return {"mean": mean} | {f"p{p}": gaps.percentile_s(p) or 0.0 for p in PERCENTILES}
 
 
-def counted_window_s(
-    arrival: FloatArray, last: FloatArray, *, warm_up_s: float = 0.0, is_unstable: bool = False
-) -> tuple[float, float]:
-    """Return the (start, end) in seconds over which rates are taken and a fleet is paid, for the tokens of the requests
-    that arrived in between.
+class CountedWork(NamedTuple):
+    """The work that rates and prices are of."""
 
-    It starts with the end of the warm-up, or with the first arrival. It ends with the last arrival, for what the fleet
-    does while it drains belongs to no load. Where the queue grew without bound, or requests took longer than they came
-    (a batch, a single request), there is no steady state, and it ends with the last token.
+    window_s: tuple[float, float]
+    """(start, end) over which rates are taken and a fleet is paid."""
+    done: npt.NDArray[np.bool_]
+    """Requests of that work [N]."""
+    prompt_ratio: FloatArray
+    """Share of the prompt of each of them that belongs to it [done]."""
+    answer_ratio: FloatArray
+    """The same of its answer [done]."""
+    is_unstable: bool
+    sustainable_requests_per_s: float | None
+    """As ``stability`` has it."""
 
-    ``arrival`` and ``last`` are, in nanoseconds, of the counted requests that completed [N].
+
+def counted_work(result: ServingResult) -> CountedWork:
+    """Return what rates are taken of, and a fleet is paid for.
+
+    The window starts with the end of the warm-up, or with the first arrival. It ends with the last arrival, for what
+    the fleet does while it drains belongs to no load; where requests take longer than they come (a batch, a single
+    request), there is no steady state, and it ends with the last token. The work is that of the requests that arrived
+    in between. Where the queue grew without bound it is what the fleet did in the window, whoever asked for it: of what
+    arrives then, the fleet does but a part, and before that what the warm-up left waiting.
     """
+    columns, warm_up_s = result.records, result.serve.workload.warm_up
+    arrival, last = columns.numpy("arrival"), columns.numpy("last")
+    is_unstable, sustainable = stability(result)
+    completed = columns.numpy("status") == COMPLETED
+    done = completed & (arrival >= round(warm_up_s * 1e9))
+    ones = np.broadcast_to(1.0, int(done.sum()))
+    if not is_unstable or not done.any():
+        window = counted_window_s(arrival[done], last[done], (last - arrival)[done], warm_up_s=warm_up_s)
+        return CountedWork(window, done, ones, ones, is_unstable, sustainable)
+    scheduled, first = columns.numpy("scheduled"), columns.numpy("first")
+    window = counted_window_s(arrival[done], last[done], (last - scheduled)[done], warm_up_s=warm_up_s)
+    low, high = (round(edge * 1e9) for edge in window)
+    done = completed & (last > low) & (scheduled < high)
+
+    def ratio(begin: FloatArray, end: FloatArray) -> FloatArray:
+        inside = np.maximum(np.minimum(end, high) - np.maximum(begin, low), 0)
+        return np.where(end > begin, inside / np.maximum(end - begin, 1), (begin >= low) & (begin <= high))
+
+    prompt, answer = ratio(scheduled[done], first[done]), ratio(first[done], last[done])
+    return CountedWork(window, done, prompt, answer, is_unstable, sustainable)
+
+
+def counted_window_s(
+    arrival: FloatArray, last: FloatArray, stay: FloatArray, *, warm_up_s: float = 0.0
+) -> tuple[float, float]:
+    """Return the window of ``counted_work`` in seconds, of the arrivals, last tokens and stays of its requests [N], in
+    nanoseconds."""
     if not len(arrival):
         return warm_up_s, warm_up_s
     start = warm_up_s if warm_up_s > 0 else float(arrival.min()) * 1e-9
     end = float(arrival.max()) * 1e-9
-    if is_unstable or end - start < float(np.median(last - arrival)) * 1e-9:
+    if end - start < float(np.median(stay)) * 1e-9:
         end = float(last.max()) * 1e-9
     return start, end
 
@@ -80,11 +120,12 @@ def serving_metrics(result: ServingResult) -> dict[str, Any]:
     # summed up at once: of a million requests each takes 8 MB, and twice that while it is made
     ttft_s, e2e_s = summary((first - arrival)[done]), summary((last - arrival)[done])
     tpot_s = summary((last - first)[span] / (outputs[span] - 1))
-    unstable, sustainable = stability(result)
-    begin, end = counted_window_s(arrival[done], last[done], warm_up_s=serve.workload.warm_up, is_unstable=unstable)
+    work = counted_work(result)
+    begin, end = work.window_s
     seconds = max(end - begin, 1e-9)
-    input_sum, cached_sum = int(inputs[done].sum(dtype=np.int64)), int(cached[done].sum(dtype=np.int64))
-    output_sum = int(outputs[done].sum(dtype=np.int64))
+    input_sum = float(inputs[work.done] @ work.prompt_ratio)
+    cached_sum = float(cached[work.done] @ work.prompt_ratio)
+    output_sum = float(outputs[work.done] @ work.answer_ratio)
     prefix = cached_sum / input_sum if input_sum else 0.0
     classes, goodput = _goodput(result, counted, seconds)
     session_s, tool_s = _sessions(result, done)
@@ -97,8 +138,8 @@ def serving_metrics(result: ServingResult) -> dict[str, Any]:
         "failed": int((counted & (status == 3)).sum()),
         "retried": int((columns.numpy("retries")[counted] > 0).sum()),
         "skipped_rows": result.skipped_rows,
-        "unstable": unstable,
-        "sustainable_requests_per_s": sustainable,
+        "unstable": work.is_unstable,
+        "sustainable_requests_per_s": work.sustainable_requests_per_s,
         "extrapolated": outside > 0,
         "extrapolated_step_ratio": outside / steps if steps else 0.0,
         "duration_s": (int(last[done].max()) * 1e-9 if done.any() else end) - begin,
@@ -119,9 +160,9 @@ def serving_metrics(result: ServingResult) -> dict[str, Any]:
         "gpu_hours_by_pool": {name: pool.gpu_hours for name, pool in result.pools.items()},
         "busy_s_by_pool": {name: pool.busy_s for name, pool in result.pools.items()},
         "idle_s_by_pool": {name: pool.idle_s for name, pool in result.pools.items()},
-        "uncached_input_tokens": input_sum - cached_sum,
-        "cached_input_tokens": cached_sum,
-        "output_tokens": output_sum,
+        "uncached_input_tokens": round(input_sum - cached_sum),
+        "cached_input_tokens": round(cached_sum),
+        "output_tokens": round(output_sum),
         "interpolation_error": result.interpolation_error,
     }
     return figures
@@ -180,7 +221,7 @@ def stability(result: ServingResult) -> tuple[bool, float | None]:
     """Return whether the queue grew without bound while requests came, and the rate that could be kept up.
 
     In the second half of the arrivals, the number waiting for admission must not grow by more than four standard
-    deviations of a Poisson count and 5 % of the half's arrivals. Nor may so many of all wait for the decode pool when
+    deviations of a Poisson count and 2 % of the half's arrivals. Nor may so many of all wait for the decode pool when
     the last one arrives. Closed loops cannot overload.
 
     The rate is what the fleet completes with a queue that is never empty, whatever the service level, of requests that
@@ -201,7 +242,7 @@ def stability(result: ServingResult) -> tuple[bool, float | None]:
         return int(np.searchsorted(arrival, time, "right") - np.searchsorted(started, time, "right"))
 
     def is_growth(number: int, came: int) -> bool:
-        return number > max(0.05 * came, 4 * came**0.5)
+        return number > max(0.02 * came, 4 * came**0.5)
 
     if is_growth(result.between_pools, len(arrival)):  # decode lags behind: what it completes is what it can
         ends = columns.numpy("last")[columns.numpy("status") == COMPLETED]

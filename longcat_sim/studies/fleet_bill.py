@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from longcat_sim.capacity.price import Bill, Work, bill
 from longcat_sim.capacity.screen_serving import prompt_turns
-from longcat_sim.simulation.metrics import counted_window_s, stability
+from longcat_sim.simulation.metrics import CountedWork, counted_work
 from longcat_sim.simulation.serving.request import COMPLETED
 from longcat_sim.simulation.serving.simulate import PoolUse, ServingResult
 from longcat_sim.studies.engines import StepFunction
@@ -38,23 +37,19 @@ def fleet_bill(
 
     Every replica that a pool may have is paid for all the time, or with ``is_on_demand`` for its share of uptime.
 
-    GPU-hours and tokens are those of ``counted_window_s``: requests of the warm-up are in neither. The rule for
+    GPU-hours and tokens are those of ``counted_work``: requests of the warm-up are in neither. The rule for
     replicas that mix prefill and decode: busy GPU-seconds are split in the ratio of what the prompt tokens and the
     output tokens would cost in steps of their own, at the run's mean sizes. Of the prompts' part, cached tokens carry
     what attending to them adds to a prefill.
     """
-    columns, warm_up = run.records, run.serve.workload.warm_up
-    arrival = columns.numpy("arrival")
-    done = (columns.numpy("status") == COMPLETED) & (arrival >= round(warm_up * 1e9))
-    window = counted_window_s(
-        arrival[done], columns.numpy("last")[done], warm_up_s=warm_up, is_unstable=stability(run)[0]
-    )
+    work = counted_work(run)
+    window = work.window_s
     length = window[1] - window[0]
     pools = {}
     for name, pool in run.pools.items():
         whole = float(pool.num_replicas * pool.num_gpus)
         up = min(whole, pool.gpu_hours * 3600.0 / max(run.duration_s, 1e-9)) if is_on_demand else whole
-        pools[name] = _work(pool, run, steps[name], done, window, up * length)
+        pools[name] = _work(pool, run, steps[name], work, up * length)
     return FleetBill(
         bill(list(pools.values()), usd_per_gpu_hour),
         {name: work.paid_gpu_s / 3600.0 for name, work in pools.items()},
@@ -66,13 +61,11 @@ def fleet_bill(
     )
 
 
-def _work(
-    pool: PoolUse, run: ServingResult, step: StepFunction, done: npt.NDArray[np.bool_], window: tuple[float, float],
-    paid: float,
-) -> Work:  # fmt: skip
-    columns = run.records
+def _work(pool: PoolUse, run: ServingResult, step: StepFunction, counted: CountedWork, paid: float) -> Work:
+    columns, done, window = run.records, counted.done, counted.window_s
     inputs, outputs = columns.numpy("input")[done].astype(float), columns.numpy("output")[done].astype(float)
     cached = columns.numpy("cached")[done].astype(float)
+    computed_sum, output_sum = float((inputs - cached) @ counted.prompt_ratio), float(outputs @ counted.answer_ratio)
     length = window[1] - window[0]
     busy = min(pool.busy_s * pool.num_gpus * _share_within(pool, run, window), paid)
     does_prefill, does_decode = pool.name != "decode", pool.name != "prefill"
@@ -86,14 +79,14 @@ def _work(
         many = np.array([at, at])
         own, whole = step(np.zeros(2), np.zeros(2), many, np.array([keys, keys + before]), fill)
         cached_share = max(0.0, 1 - float(own / whole)) if before else 0.0
-        prefill_alone = float(whole) / (at * fill) * float((inputs - cached).sum()) if does_prefill else 0.0
+        prefill_alone = float(whole) / (at * fill) * computed_sum if does_prefill else 0.0
         if does_decode and outputs.sum() > len(outputs):
-            gaps = columns.numpy("last")[done] - columns.numpy("first")[done]
+            gaps = (columns.numpy("last")[done] - columns.numpy("first")[done]) * counted.answer_ratio
             batch = max(1.0, float(gaps.sum()) * 1e-9 / (max(length, 1e-9) * pool.num_replicas))
             context = float((inputs + outputs / 2).mean())
             seconds = float(step(np.array([batch]), np.array([context]), np.zeros(1), np.zeros(1))[0])
             per_step = batch * step.scenario.speculative.tokens_per_step
-            output_alone = seconds / per_step * float(outputs.sum())
+            output_alone = seconds / per_step * output_sum
     total = prefill_alone + output_alone
     input_s = busy * (prefill_alone / total) if total else 0.0
     return Work(
@@ -101,9 +94,9 @@ def _work(
         input_gpu_s=input_s * (1 - cached_share),
         cached_gpu_s=input_s * cached_share,
         output_gpu_s=busy * (output_alone / total) if total else 0.0,
-        input_tokens=float((inputs - cached).sum()) if does_prefill else 0.0,
-        cached_tokens=float(cached.sum()) if does_prefill else 0.0,
-        output_tokens=float(outputs.sum()) if does_decode else 0.0,
+        input_tokens=computed_sum if does_prefill else 0.0,
+        cached_tokens=float(cached @ counted.prompt_ratio) if does_prefill else 0.0,
+        output_tokens=output_sum if does_decode else 0.0,
         usd_per_gpu_hour=step.scenario.usd_per_gpu_hour,
     )
 

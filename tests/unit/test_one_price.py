@@ -96,22 +96,38 @@ def test_the_price_is_that_of_the_load_whatever_the_length_of_the_run(fleet: Sce
         assert got["usd_per_million_output_tokens_all_in"] == pytest.approx(expected, rel=0.15), requests
 
 
-def test_a_fleet_that_cannot_keep_up_is_paid_until_it_is_done() -> None:
-    crowded = scenario(SHARED, {"serve.workload.arrivals.rate": "400 /s", "serve.workload.warm_up": "0 s"})
-    run, got = serve_once(crowded)
-    assert got["window_s"][1] == pytest.approx(float(run.records.numpy("last").max()) * 1e-9)
-    assert got["bill_usd"]["idle"] >= 0
+def test_a_fleet_that_cannot_keep_up_delivers_the_same_at_any_load() -> None:
+    """Rates and prices hold what it does while requests come, not what it does for those of the warm-up alone."""
+    rows = []
+    for rate in (100, 200, 400):
+        crowded = scenario(
+            SHARED, {"serve.workload.arrivals.rate": f"{rate} /s", "serve.workload.num_requests": rate * 60,
+                     "serve.workload.warm_up": "20 s"},
+        )  # fmt: skip
+        run, got = serve_once(crowded)
+        assert got["unstable"]
+        assert got["window_s"] == pytest.approx((20.0, float(run.records.numpy("arrival").max()) * 1e-9))
+        assert got["bill_usd"]["idle"] >= 0
+        first, last, output = (run.records.numpy(name) for name in ("first", "last", "output"))
+        full = (output > 1) & (first > 20e9) & (last < got["window_s"][1] * 1e9)
+        tpot_s = float((last - first)[full].sum()) * 1e-9 / float((output - 1)[full].sum())
+        # Little's law, over batches that are full
+        assert got["decode_sequences_per_replica"] / tpot_s == pytest.approx(
+            got["output_tokens_per_s"] / run.pools["shared"].num_replicas, rel=0.05
+        )
+        rows.append([got["output_tokens_per_s"], 1 / got["usd_per_million_output_tokens_all_in"]])
+    assert (np.ptp(rows, axis=0) < 0.03 * np.mean(rows, axis=0)).all()
 
 
 def test_a_window_ends_with_the_last_arrival_only_in_a_steady_state() -> None:
     arrival = np.arange(0.0, 100.0) * 1e9
     last = arrival + 10e9
-    assert counted_window_s(arrival, last) == pytest.approx((0.0, 99.0))
-    assert counted_window_s(arrival, last, warm_up_s=20.0) == pytest.approx((20.0, 99.0))
-    assert counted_window_s(arrival, last, is_unstable=True) == pytest.approx((0.0, 109.0))
-    batch = np.zeros(5), np.full(5, 3e9)  # there is no rate to price
+    stay = last - arrival
+    assert counted_window_s(arrival, last, stay) == pytest.approx((0.0, 99.0))
+    assert counted_window_s(arrival, last, stay, warm_up_s=20.0) == pytest.approx((20.0, 99.0))
+    batch = np.zeros(5), np.full(5, 3e9), np.full(5, 3e9)  # there is no rate to price
     assert counted_window_s(*batch) == pytest.approx((0.0, 3.0))
-    assert counted_window_s(np.empty(0), np.empty(0), warm_up_s=2.0) == (2.0, 2.0)
+    assert counted_window_s(np.empty(0), np.empty(0), np.empty(0), warm_up_s=2.0) == (2.0, 2.0)
 
 
 def test_what_is_drained_costs_nothing_on_demand_alone() -> None:
