@@ -26,7 +26,7 @@ SHOWN: dict[str, tuple[str, str, float]] = {
     "usd_per_million_input_tokens": ("price of 1M input tokens", "USD", 1.0),
     "compute_s": ("compute", "ms", 1e3),
     "communication_s": ("communication", "ms", 1e3),
-    "exposed_communication_s": ("exposed communication", "ms", 1e3),
+    "exposed_communication_s": ("exposed communication and waiting", "ms", 1e3),
     "memory_bytes_per_gpu": ("memory per GPU", "GB", 1e-9),
 }
 
@@ -85,7 +85,8 @@ class StepOutcome:
         lines.append(
             f"where the time of one step goes, run event by event ({total * 1e3:.3f} ms; the parts, means over"
         )
-        lines.append("ranks, add up to it; the figures above are medians over draws):")
+        above = "; the figures above are medians over draws" if self.scenario.draws > 1 else ""
+        lines.append(f"ranks, add up to it{above}):")
         parts = [(f"  {n}", f"{s * 1e3:.3f}", f"ms  {s / total:.1%}") for n, s in self.step.breakdown.parts().items()]
         lines.append(table(parts))
         moved = [

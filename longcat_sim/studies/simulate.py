@@ -69,6 +69,13 @@ def simulate_one_step(scenario: Scenario, op_times: OpTimesLike) -> StepOutcome:
     figures = {key: Interval.of(values) for key, values in step_figures(scenario, draws).items()}
     figures["memory_bytes_per_gpu"] = Interval.of([step.memory.total_bytes])
     notes = [*step.notes, *_op_notes(op_times, scenario, step), *_price_notes([scenario])]
+    above = figures["step_s"].median / step.step_s - 1
+    if abs(above) > SKEWED:
+        notes.append(
+            f"the median over draws is {abs(above):.0%} {'above' if above > 0 else 'below'} the step at the fit's own "
+            f"figures ({step.step_s * 1e3:.4g} ms, what draws: 1 gives): errors this wide lengthen a step by more than "
+            "they shorten it; compare medians with medians"
+        )
     context, longest = step_size(scenario).context, scenario.model.max_position_embeddings
     if float(np.max(context)) > longest:
         notes.append(f"contexts of {float(np.max(context)):,.0f} tokens are beyond the model's {longest:,}")
@@ -104,6 +111,8 @@ def step_figures(scenario: Scenario, draws: StepDraws) -> dict[str, Any]:
     return figures
 
 
+SKEWED = 0.1
+"""Difference of the median over draws and the step at the fit's own figures that is said. Assumed."""
 LEANING = 0.05
 """Share of a step's op time that is extrapolated or from a data sheet above which the answer is flagged. Assumed."""
 

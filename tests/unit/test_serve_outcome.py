@@ -125,6 +125,14 @@ def test_a_decode_pool_that_lags_behind_is_an_overload() -> None:
     assert 20 < rates[0] < 40
 
 
+def test_a_median_far_from_the_single_run_is_said() -> None:
+    lent = scenario("longcat-flash-h800-decode").what_if({"hardware": "mi325x", "draws": 16})
+    (said,) = [note for note in simulate(lent).notes if "the median over draws is" in note]
+    assert "above the step at the fit's own figures (33." in said
+    for calm in (lent.what_if({"draws": 1}), scenario("longcat-flash-h800-decode").what_if({"draws": 16})):
+        assert not [note for note in simulate(calm).notes if "the median over draws is" in note]
+
+
 def test_a_result_says_what_it_was_made_for() -> None:
     step = simulate(scenario("longcat-flash-h800-decode").what_if({"draws": 1, "step.context_tokens": 6000}))
     assert (
