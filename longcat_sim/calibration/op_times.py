@@ -75,26 +75,31 @@ class OpTimes:
         fewer than ``MIN_POINTS`` distinct sizes (allowed by a lower ``min_points``) learns an efficiency and no more.
         What is predicted is the median time: on a machine with neighbours the 10th percentile is the luck of a moment,
         and a step of many ops is not the sum of their luck. ``provenance`` says how far the blocks of a point lay
-        apart, by kind.
+        apart, by kind, and which kinds had too few sizes for a law and were left out (a time box may end within one).
 
         Raises:
-            MeasurementError: a kind has too few points (says how many it has and needs), or nothing can be fitted.
+            MeasurementError: no kind has enough points (says how many each has and needs).
         """
         grouped: dict[Key, list[Measurement]] = defaultdict(list)
         for row in measurements:
             if not row.is_contention and row.op.kind in LAWS:
                 grouped[row.op.kind, row.op.dtype, row.op.variant].append(row)
-        sizes = {key: len({row.op for row in rows}) for key, rows in grouped.items()}
-        faults = [
-            f"{' '.join(filter(None, key))}: expected at least {min_points} sizes; got {found}; "
-            f"measure {min_points - found} more or leave the kind out"
-            for key, found in sizes.items()
-            if found < min_points
-        ]
-        if faults:
-            raise MeasurementError(faults)
         if not grouped:
             raise MeasurementError("expected measurements of ops alone; got none; measure some with `profile`")
+        sizes = {key: len({row.op for row in rows}) for key, rows in grouped.items()}
+        few = {key: found for key, found in sizes.items() if found < min_points}
+        if len(few) == len(grouped):
+            raise MeasurementError(
+                [
+                    f"{' '.join(filter(None, key))}: expected at least {min_points} sizes; got {found}; "
+                    f"measure {min_points - found} more"
+                    for key, found in few.items()
+                ]
+            )
+        left_out = {
+            f"{' '.join(filter(None, key))}: {found} sizes, a law needs {min_points}": len(grouped.pop(key))
+            for key, found in sorted(few.items())
+        }
         laws = {}
         for number, (key, rows) in enumerate(sorted(grouped.items())):
             rng = np.random.default_rng([seed, number])
@@ -112,7 +117,8 @@ class OpTimes:
             " ".join(filter(None, key)): float(f"{np.median([row.drift for row in rows]):.3g}")
             for key, rows in sorted(grouped.items()) if any(row.block_s for row in rows)
         }  # fmt: skip
-        return cls(hardware, laws, seed=seed, draws=draws, provenance={"drift": drift} if drift else {})
+        provenance = {name: said for name, said in (("drift", drift), ("left_out", left_out)) if said}
+        return cls(hardware, laws, seed=seed, draws=draws, provenance=provenance)
 
     @classmethod
     def from_hardware(cls, hardware: HardwareSpec, *, seed: int = 0) -> OpTimes:

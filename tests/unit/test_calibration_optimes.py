@@ -96,6 +96,15 @@ def test_too_few_points_say_how_many_are_needed() -> None:
         OpTimes.fit([], HARDWARE)
 
 
+def test_a_kind_that_a_time_box_cut_short_is_left_out_and_said() -> None:
+    begun = [
+        Measurement(op=op("host", calls=n), median_s=1e-6 * n, p10_s=1e-6 * n, p90_s=2e-6 * n, count=5) for n in (1, 2)
+    ]
+    times = OpTimes.fit([*rows(), *begun], HARDWARE, draws=2)
+    assert times.provenance["left_out"] == {"host bf16: 2 sizes, a law needs 5": 2}
+    assert {law.kind for law in times.laws_.values()} == {"gemm"}
+
+
 def test_a_changed_peak_scales_the_law_and_widens_the_interval(times: OpTimes) -> None:
     faster = HardwareSpec.model_validate({"name": "faster", **SHEET, "peak": {"bf16": "2000 TFLOP/s"}})
     changed = OpTimes(faster, times.laws_)
