@@ -58,6 +58,8 @@ KERNEL_GAP_S, KERNEL_GAP_SPREAD_S = 1.5e-6, 0.5e-6
 """Time between the end of a kernel and the start of the next one of its stream, which kernel tables (profiler
 durations) leave out: 2.0 us over 857 gaps below 6 us on an H800, in a trace whose durations are cut to whole
 microseconds (half a microsecond each). Source: deepseek-ai/profile-data train.json @4496024."""
+FAR = 64.0
+"""Times the largest measured message to which a table goes on when its links change. Assumed."""
 LOCAL_PASSES = 4.0
 """Passes over device memory of a low-latency exchange on one rank, counted by what it must do: rows are staged, read by
 the NIC, written by the NIC, unpacked (assumed: none of them stays in a cache)."""
@@ -91,6 +93,7 @@ class CollectiveTimes:
             self._tables.setdefault((curve.kind, curve.variant), []).append(curve)
         for table in self._tables.values():
             table.sort(key=lambda c: c.ranks)
+        self._moved: dict[tuple[str, str, int], Curve] = {}
         if not self.reference:
             self.reference = _links(self.hardware)
 
@@ -173,30 +176,38 @@ class CollectiveTimes:
         low = int(np.clip(np.searchsorted(known, at, side="right") - 1, 0, len(table) - 1))
         high = min(low + 1, len(table) - 1)
         share = 0.0 if high == low else float(np.clip((at - known[low]) / (known[high] - known[low]), 0.0, 1.0))
-        first, second = self._scaled(table[low], size), self._scaled(table[high], size)
+        first, second = self._scaled(table[low]).at(size), self._scaled(table[high]).at(size)
         return first + share * (second - first)
 
-    def _scaled(self, curve: Curve, size: FloatArray) -> FloatArray:
-        """Return the curve with its slope scaled to the link's bandwidth now: bytes take longer on a slower link.
+    def _scaled(self, curve: Curve) -> Curve:
+        """Return the curve on the links of now: what the wire took of each point takes as much longer or shorter as
+        they do, the rest (copies, protocol) stays. A larger message takes no less, and beyond the last point it takes
+        longer as the wire does."""
+        key = curve.kind, curve.variant, curve.ranks
+        if key not in self._moved:
+            now, then = self._wire_s(curve.kind, curve.ranks), self._measured_wire_s(curve.kind, curve.ranks)
+            if now is None or then is None or now == then:
+                self._moved[key] = curve
+            else:
+                size = np.array([*curve.bytes, FAR * max(curve.bytes[-1], 1.0)])
+                seconds = curve.at(size)
+                floor_s = curve.floor_s if len(curve.bytes) > 1 else 0.0
+                wire = np.minimum(then * size, np.maximum(seconds - floor_s, 0.0))
+                moved = np.maximum.accumulate(seconds - wire + wire * (now / then))
+                self._moved[key] = replace(curve, bytes=tuple(size), seconds=tuple(moved))
+        return self._moved[key]
 
-        The part of the slope that the wire explains is scaled, the rest (copies, protocol) stays.
-        """
-        seconds = curve.at(size)
-        link = self._link(curve.ranks)
-        now, then = _links(self.hardware).get(link), self.reference.get(link)
-        if now is None or then is None or now == then:
-            return seconds
-        remote = (curve.ranks - 1) / curve.ranks * (2.0 if curve.kind == "all_reduce" else 1.0)
-        if link == "scale_out":
-            remote = max(0.0, (curve.ranks - self._domain()) / curve.ranks)
-        return np.maximum(seconds + remote * size * (1.0 / now - 1.0 / then), curve.floor_s)
+    def _wire_s(self, kind: str, ranks: float) -> float | None:
+        """Return the seconds that a byte takes on the busiest link of now; None where that is not known."""
+        return _wire_s(kind, ranks, _links(self.hardware), _domain(self.hardware))
+
+    def _measured_wire_s(self, kind: str, ranks: float) -> float | None:
+        """The same of the links that were measured, which join as many devices as the data sheet's."""
+        return _wire_s(kind, ranks, self.reference, _domain(self.hardware.sheet))
 
     def _link(self, ranks: float) -> str:
         """Return the link that a collective over so many ranks waits for."""
-        return "scale_up" if ranks <= self._domain() else "scale_out"
-
-    def _domain(self) -> int:
-        return self.hardware.scale_up.domain_size if self.hardware.scale_up else 1
+        return "scale_up" if ranks <= _domain(self.hardware) else "scale_out"
 
     def demand(self, op: Op) -> ResourceShares:
         """Return what a collective uses while it runs alone.
@@ -213,7 +224,7 @@ class CollectiveTimes:
         if seconds <= 0:
             return ResourceShares()
         bandwidth = self.hardware.memory_bandwidth
-        outside = op["ranks"] > self._domain()
+        outside = op["ranks"] > _domain(self.hardware)
         if op.variant == "normal":
             sm = NORMAL_SMS / (self.hardware.sm_count or 132)
             passes = 2.0
@@ -338,9 +349,9 @@ class CollectiveTimes:
         """Return how far sizes [N] are from what was measured: 0 within it, 1 beyond its ranks or twice its bytes, and
         the octaves by which its link differs, 1 at most; links inside a node are a part of the error of carrying where
         all is carried (none of the carried tables that were measured crossed nodes on other links)."""
-        table, link = self._tables[kind, variant], self._link(ranks)
-        now, then = _links(self.hardware).get(link), self.reference.get(link)
-        is_part = self.carried_from and link == "scale_up"
+        table = self._tables[kind, variant]
+        now, then = self._wire_s(kind, ranks), self._measured_wire_s(kind, ranks)
+        is_part = self.carried_from and ranks <= min(_domain(self.hardware), _domain(self.hardware.sheet))
         octaves = abs(float(np.log2(now / then))) if now and then else 0.0
         octaves = max(0.0, octaves - CARRIED_OCTAVES) if is_part else octaves
         beyond = (size > 2 * self._near(kind, variant, ranks).bytes[-1]) | (
@@ -353,3 +364,18 @@ def _links(hardware: HardwareSpec) -> dict[str, float]:
     """Return the bandwidth of each link."""
     found = {"scale_up": hardware.scale_up, "scale_out": hardware.scale_out}
     return {name: float(link.bandwidth) for name, link in found.items() if link is not None}
+
+
+def _domain(hardware: HardwareSpec) -> int:
+    return hardware.scale_up.domain_size if hardware.scale_up else 1
+
+
+def _wire_s(kind: str, ranks: float, links: Mapping[str, float], domain: int) -> float | None:
+    """Return the seconds that a byte of a message takes on the busiest of ``links`` (bandwidths), of which the one
+    inside a node joins ``domain`` devices; None where a link that it needs is missing."""
+    inside = min(ranks, domain)
+    shares = {"scale_up": (inside - 1) / ranks, "scale_out": (ranks - inside) / ranks}
+    if any(share > 0 and link not in links for link, share in shares.items()):
+        return None
+    passes = 2.0 if kind == "all_reduce" else 1.0
+    return passes * max((share / links[link] for link, share in shares.items() if share > 0), default=0.0)

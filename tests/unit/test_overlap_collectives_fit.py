@@ -1,10 +1,12 @@
 """Collectives: the packaged H800 fit gives its tables back, and behaves between and beyond them."""
 
+import numpy as np
 import pytest
 
+from longcat_sim.calibration import OpTimes
 from longcat_sim.calibration.collective_curves import Curve
 from longcat_sim.calibration.collective_file import read_collectives
-from longcat_sim.ops.op import op
+from longcat_sim.ops.op import OpArrays, op
 from longcat_sim.specs.hardware import load_hardware
 
 
@@ -56,6 +58,46 @@ def test_a_faster_link_helps_what_it_carries(times):
     wide, inside = exchange("combine", 128, 128, 14336), op("all_gather", message_bytes=1e7, ranks=4)
     assert 0.45 < changed.seconds(wide) / times.seconds(wide) < 0.75
     assert changed.seconds(inside) == times.seconds(inside)
+
+
+@pytest.mark.parametrize("name", ["h200-sxm", "h800-sxm", "b200-sxm", "gb200-nvl72", "mi300x", "mi325x"])
+@pytest.mark.parametrize("link", ["scale_up", "scale_out"])
+def test_links_of_any_speed_make_no_message_faster_than_a_smaller_one(name, link):
+    """With NVLink twenty times as fast an all-reduce of 1 GiB took less than one of 256 MiB, and less than its wire."""
+    hardware = load_hardware(name)
+    sizes = np.array([0, 1e3, 1e5, 1e6, 4e6, 16e6, 64e6, 2.56e8, 1e9, 1e11])
+    before = {}
+    for factor in (0.1, 0.5, 1.0, 2.0, 10.0, 20.0):
+        part = getattr(hardware, link)
+        changed = hardware.model_copy(update={link: part.model_copy(update={"bandwidth": part.bandwidth * factor})})
+        links = OpTimes.from_hardware(changed).links
+        for kind, variant, ranks in (
+            ("all_reduce", "", 8), ("all_gather", "", 8), ("dispatch", "low_latency", 64),
+            ("combine", "low_latency", 16), ("dispatch", "normal", 32), ("combine", "normal", 8),
+        ):  # fmt: skip
+            dims = {"message_bytes": sizes, "ranks": np.full(len(sizes), ranks)}
+            seconds = links.seconds_many(OpArrays(kind, dims, "bf16", variant))
+            assert (np.diff(seconds) >= 0).all(), (kind, variant, ranks, factor)
+            assert seconds[-1] > 50 * seconds[-2], (kind, variant, ranks, factor)
+            slower = before.get((kind, variant, ranks))
+            assert slower is None or (seconds <= slower * (1 + 1e-12)).all(), (kind, variant, ranks, factor)
+            before[kind, variant, ranks] = seconds
+
+
+def test_a_larger_domain_takes_an_exchange_off_the_nics():
+    """72 B200 on one NVLink exchange about as fast as a GB200's; a GB200 in eights waits for its NICs."""
+
+    def seconds(name, domain):
+        hardware = load_hardware(name)
+        changed = hardware.model_copy(update={"scale_up": hardware.scale_up.model_copy(update={"domain_size": domain})})
+        times = OpTimes.from_hardware(changed)
+        return times.seconds(exchange("combine", 192, 64, 12288))
+
+    wide, eights = seconds("b200-sxm", 72), seconds("b200-sxm", 8)
+    assert wide < 0.4 * eights
+    assert 1 < wide / seconds("gb200-nvl72", 72) < 3
+    assert seconds("gb200-nvl72", 8) > 2 * seconds("gb200-nvl72", 72)
+    assert seconds("h800-sxm", 64) < seconds("h800-sxm", 32) <= seconds("h800-sxm", 8)
 
 
 def test_draws_are_repeatable_and_spread(times):
