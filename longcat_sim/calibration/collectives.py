@@ -15,7 +15,7 @@ import numpy as np
 
 from longcat_sim.calibration.collective_curves import Curve, fit_curves
 from longcat_sim.calibration.importers.exchange import Point
-from longcat_sim.calibration.roofline import Roofline
+from longcat_sim.calibration.roofline import Roofline, link_shares
 from longcat_sim.ops.op import FloatArray, Op, OpArrays, ResourceShares, Tag
 from longcat_sim.specs.hardware import HardwareSpec
 
@@ -199,11 +199,11 @@ class CollectiveTimes:
 
     def _wire_s(self, kind: str, ranks: float) -> float | None:
         """Return the seconds that a byte takes on the busiest link of now; None where that is not known."""
-        return _wire_s(kind, ranks, _links(self.hardware), _domain(self.hardware))
+        return _wire_s(kind, ranks, self.hardware, _links(self.hardware))
 
     def _measured_wire_s(self, kind: str, ranks: float) -> float | None:
         """The same of the links that were measured, which join as many devices as the data sheet's."""
-        return _wire_s(kind, ranks, self.reference, _domain(self.hardware.sheet))
+        return _wire_s(kind, ranks, self.hardware.sheet, self.reference)
 
     def _link(self, ranks: float) -> str:
         """Return the link that a collective over so many ranks waits for."""
@@ -370,12 +370,12 @@ def _domain(hardware: HardwareSpec) -> int:
     return hardware.scale_up.domain_size if hardware.scale_up else 1
 
 
-def _wire_s(kind: str, ranks: float, links: Mapping[str, float], domain: int) -> float | None:
-    """Return the seconds that a byte of a message takes on the busiest of ``links`` (bandwidths), of which the one
-    inside a node joins ``domain`` devices; None where a link that it needs is missing."""
-    inside = min(ranks, domain)
-    shares = {"scale_up": (inside - 1) / ranks, "scale_out": (ranks - inside) / ranks}
-    if any(share > 0 and link not in links for link, share in shares.items()):
+def _wire_s(kind: str, ranks: float, hardware: HardwareSpec, bandwidths: Mapping[str, float]) -> float | None:
+    """Return the seconds that a byte of a message takes on the busiest link of ``bandwidths``; None where one is
+    missing that it needs."""
+    shares = dict(zip(("scale_up", "scale_out"), link_shares(ranks, hardware), strict=True))
+    needed = [link for link, share in shares.items() if share > 0]
+    if any(link not in bandwidths for link in needed):
         return None
     passes = 2.0 if kind == "all_reduce" else 1.0
-    return passes * max((share / links[link] for link, share in shares.items() if share > 0), default=0.0)
+    return passes * max((shares[link] / bandwidths[link] for link in needed), default=0.0)

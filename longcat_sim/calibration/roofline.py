@@ -64,7 +64,7 @@ class Roofline:
         if seconds <= 0:
             return ResourceShares()
         if op.is_collective:
-            inside, outside = self._split(op["ranks"])
+            inside, outside = link_shares(op["ranks"], self.hardware)
             beta = max(inside / self._rate(self.hardware.scale_up), outside / self._rate(self.hardware.scale_out))
             moved = op.message_bytes / seconds
             return ResourceShares(
@@ -92,14 +92,6 @@ class Roofline:
     def _rate(link: Link | None) -> float:
         return math.inf if link is None else link.bandwidth
 
-    def _split(self, ranks: float) -> tuple[float, float]:
-        """Return the shares of a message that stay in the scale-up domain and that leave it, to itself excluded."""
-        domain = self.hardware.scale_up.domain_size if self.hardware.scale_up else 1
-        if ranks <= 1:
-            return 0.0, 0.0
-        inside = min(ranks, domain)
-        return (inside - 1) / ranks, (ranks - inside) / ranks
-
     def _collective(self, kind: str, message_bytes: FloatArray, ranks: FloatArray) -> FloatArray:
         """Return latency plus bytes over the busiest link [N].
 
@@ -108,7 +100,7 @@ class Roofline:
         up, out = self.hardware.scale_up, self.hardware.scale_out
         times = []
         for size, group in zip(np.atleast_1d(message_bytes), np.atleast_1d(ranks), strict=True):
-            inside, outside = self._split(float(group))
+            inside, outside = link_shares(float(group), self.hardware)
             if kind == "send":
                 domain = up.domain_size if up else 1
                 inside, outside = (1.0, 0.0) if group <= domain and up else (0.0, 1.0)
@@ -128,6 +120,16 @@ class Roofline:
             ]
             times.append(max(spent, default=0.0))
         return np.array(times)
+
+
+def link_shares(ranks: float, hardware: HardwareSpec) -> tuple[float, float]:
+    """Return the shares of a message over ``ranks`` that stay in the scale-up domain and that leave it; what a rank
+    sends to itself is in neither."""
+    domain = hardware.scale_up.domain_size if hardware.scale_up else 1
+    if ranks <= 1:
+        return 0.0, 0.0
+    inside = min(ranks, domain)
+    return (inside - 1) / ranks, (ranks - inside) / ranks
 
 
 class _Key:
