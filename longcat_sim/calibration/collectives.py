@@ -224,7 +224,6 @@ class CollectiveTimes:
         if seconds <= 0:
             return ResourceShares()
         bandwidth = self.hardware.memory_bandwidth
-        outside = op["ranks"] > _domain(self.hardware)
         if op.variant == "normal":
             sm = NORMAL_SMS / (self.hardware.sm_count or 132)
             passes = 2.0
@@ -234,12 +233,8 @@ class CollectiveTimes:
             sm = min(1.0, staging / seconds)
         else:
             sm, passes = NCCL_SMS / (self.hardware.sm_count or 132), NCCL_PASSES
-        return ResourceShares(
-            sm=sm,
-            memory=min(1.0, passes * op.message_bytes / (bandwidth * seconds)),
-            scale_up=0.0 if outside else 1.0,
-            scale_out=1.0 if outside else 0.0,
-        )
+        memory = min(1.0, passes * op.message_bytes / (bandwidth * seconds))
+        return self._sheet.links_demand(op, seconds)._replace(sm=sm, memory=memory)
 
     def overlap_rates(self, variant: str) -> dict[str, float]:
         """Return measured rates of collectives beside compute, by kind."""

@@ -64,17 +64,21 @@ class Roofline:
         if seconds <= 0:
             return ResourceShares()
         if op.is_collective:
-            inside, outside = link_shares(op["ranks"], self.hardware)
-            beta = max(inside / self._rate(self.hardware.scale_up), outside / self._rate(self.hardware.scale_out))
-            moved = op.message_bytes / seconds
-            return ResourceShares(
-                memory=min(1.0, op.memory_bytes / (self.hardware.memory_bandwidth * seconds)),
-                scale_up=min(1.0, moved * inside / self._rate(self.hardware.scale_up)) if beta else 0.0,
-                scale_out=min(1.0, moved * outside / self._rate(self.hardware.scale_out)) if beta else 0.0,
-            )
+            memory = min(1.0, op.memory_bytes / (self.hardware.memory_bandwidth * seconds))
+            return self.links_demand(op, seconds)._replace(memory=memory)
         compute = op.flop / (self._peak(op.kind, op.dtype) * self.compute_efficiency)
         memory = op.memory_bytes / (self.hardware.memory_bandwidth * self.memory_efficiency)
         return ResourceShares(sm=min(1.0, compute / seconds), memory=min(1.0, memory / seconds))
+
+    def links_demand(self, op: Op, seconds: float) -> ResourceShares:
+        """Return what a collective that takes ``seconds`` alone uses of each link: the bytes that cross it over those
+        that could."""
+        moved = (2.0 if op.kind == "all_reduce" else 1.0) * op.message_bytes / seconds
+        inside, outside = link_shares(op["ranks"], self.hardware)
+        return ResourceShares(
+            scale_up=min(1.0, moved * inside / self._rate(self.hardware.scale_up)),
+            scale_out=min(1.0, moved * outside / self._rate(self.hardware.scale_out)),
+        )
 
     def tag(self, op: Op) -> Tag:
         """Return ``datasheet``."""

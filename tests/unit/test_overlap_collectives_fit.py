@@ -100,6 +100,15 @@ def test_a_larger_domain_takes_an_exchange_off_the_nics():
     assert seconds("h800-sxm", 64) < seconds("h800-sxm", 32) <= seconds("h800-sxm", 8)
 
 
+def test_a_collective_holds_a_link_as_long_as_its_bytes_take(times):
+    """A low-latency exchange inside a node waits mostly for kernels; another collective may use NVLink meanwhile."""
+    inside, across = exchange("dispatch", 128, 8, 7392), exchange("combine", 128, 64, 14336)
+    wire_s = 7 / 8 * 128 * 8 * 7392 / 200e9
+    assert times.demand(inside).scale_up == pytest.approx(wire_s / times.seconds(inside))
+    assert times.demand(inside).scale_out == 0
+    assert times.demand(across).scale_out > 0.7 > 0.1 > times.demand(across).scale_up > 0
+
+
 def test_draws_are_repeatable_and_spread(times):
     wide = exchange("dispatch", 128, 128, 7392)
     drawn = [times.draw(i).seconds(wide) / times.seconds(wide) for i in range(64)]
