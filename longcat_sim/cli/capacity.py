@@ -24,9 +24,11 @@ def run(
     """Find the deployment that answers a scenario's search best."""
     from longcat_sim.capacity.sweep import progress_line
     from longcat_sim.figures.picture import check_picture, write_picture
+    from longcat_sim.records.files import check_outputs
     from longcat_sim.studies.capacity import capacity
 
-    if picture is not None:  # before the search, which takes a while
+    check_outputs(files={"--picture": picture, "--store": store})  # before the search, which takes a while
+    if picture is not None:
         check_picture(picture)
     made = load(scenario, set_ or [])
     with _executor(dask, processes) as executor:

@@ -34,12 +34,14 @@ def run(
     from longcat_sim.profiling.campaign import run_campaign
     from longcat_sim.profiling.profile import pick_device, profile
     from longcat_sim.profiling.suites import DENSE, FULL, SUITES
+    from longcat_sim.records.files import check_outputs
 
     if campaign and (suite or model):
         given = " and ".join([f"--suite {name}" for name in suite or ()] + ([f"--model {model}"] if model else []))
         raise MeasurementError(
             f"--campaign: expected no --suite and no --model, its plan has them; got {given}; drop it"
         )
+    check_outputs(files={"--out": out})
     suites = suite or list(SUITES)
     if campaign:
         with bar("campaign") as progress:

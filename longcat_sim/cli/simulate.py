@@ -18,9 +18,10 @@ def run(
     step_by_step: Annotated[bool, typer.Option("--step-by-step", help="Serving: the slow oracle.")] = False,
 ) -> None:
     """Simulate a scenario."""
-    from longcat_sim.records.files import write_text
+    from longcat_sim.records.files import check_outputs, write_text
     from longcat_sim.studies.simulate import simulate
 
+    check_outputs(files={"--trace": trace})
     chosen = load(scenario, set_ or [])
     if step_by_step and chosen.serve is None:
         say("--step-by-step has no effect on one step: it is the slow oracle of traffic (serve:)")

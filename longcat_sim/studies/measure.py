@@ -9,7 +9,7 @@ from typing import Any
 from longcat_sim.calibration import OpTimes, write_fit
 from longcat_sim.calibration.collective_file import read_collectives
 from longcat_sim.errors import SpecError
-from longcat_sim.records.files import write_text
+from longcat_sim.records.files import check_outputs, write_text
 from longcat_sim.records.measurement import Environment, load_measurements
 from longcat_sim.specs.hardware import HardwareSpec, hardware_names, load_hardware, profile_folders
 from longcat_sim.studies.beside import slowdowns, summary
@@ -27,9 +27,11 @@ def calibrate(measurements: Path, name: str, out: Path | None = None, *, draws: 
     Raises:
         MeasurementError: the file cannot be used, or a kind has too few points.
         SpecError: a new name, and the file is of another machine.
+        UserError: the profile cannot be written.
     """
-    rows = load_measurements(measurements)
     target = out or Path("hardware_profiles") / f"{name}.yaml"
+    check_outputs(files={"--out": target})
+    rows = load_measurements(measurements)
     hardware = _sheet(name, target, rows.environment)
     times = OpTimes.fit(rows, hardware, draws=draws, seed=seed)
     times.provenance = {
@@ -55,6 +57,8 @@ def calibrate_published(records: Path, name: str, tables: Path | None = None) ->
     from longcat_sim.calibration.published import fit_published, has_op_tables, published_collectives
 
     hardware = load_hardware(name)
+    target = next(folder / f"{name}.yaml" for folder in profile_folders() if (folder / f"{name}.yaml").exists())
+    check_outputs(files={"--name": target})
     collectives = published_collectives(records, hardware, load_hardware)
     if collectives is None or has_op_tables(name):  # what another version fitted is replaced
         times = fit_published(hardware, kernels=records, tables=tables)
@@ -63,9 +67,7 @@ def calibrate_published(records: Path, name: str, tables: Path | None = None) ->
         known = OpTimes.from_hardware(hardware) if has_laws else OpTimes(hardware, {})
         times = OpTimes(hardware, known.laws_, provenance={"method": "published tables", **known.provenance})
     times.collectives_ = collectives or read_collectives(hardware)
-    fit = times.to_fit()
-    target = next(folder / f"{name}.yaml" for folder in profile_folders() if (folder / f"{name}.yaml").exists())
-    write_fit(target, fit)
+    write_fit(target, times.to_fit())
     return times
 
 

@@ -138,6 +138,47 @@ def test_wrong_input_exits_2_and_says_what_to_do(
         assert word in err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["simulate", "longcat-flash-h800-decode", "--trace"],
+        ["capacity", "longcat-flash-decode-capacity", "--store"],
+        ["capacity", "longcat-flash-decode-capacity", "--picture"],
+        ["profile", "--out"],
+        ["calibrate", "none.jsonl", "--name", "mine", "--out"],
+        ["quickstart", "--out"],
+        ["train", "--out"],
+        ["train", "--study", "--out"],
+        ["topk-study", "--out"],
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_any_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    what, other = ("folder", file) if arguments[0] in ("quickstart", "train", "topk-study") else ("file", tmp_path)
+    for path in ("/proc/x/y.html", file / "y.html", other):
+        code, out, err = run(capsys, *arguments, str(path))
+        assert (code, out) == (2, "")
+        assert f"{arguments[-1]}: expected a {what} that can be written, such as out" in err
+        assert f"got {path}: " in err
+        assert "give another path" in err
+
+
+def test_outputs_are_checked_together_and_leave_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    given = ["capacity", "longcat-flash-decode-capacity", "--store", str(tmp_path), "--picture", "/dev/null"]
+    assert run(capsys, *given)[2].splitlines() == [
+        "error: --picture: expected a file that can be written, such as out/result.json; got /dev/null: it is a "
+        "device; give another path",
+        f"error: --store: expected a file that can be written, such as out/result.json; got {tmp_path}: it is a "
+        "folder; give another path",
+    ]
+    new = tmp_path / "new"
+    assert run(capsys, "capacity", "nope", "--store", str(new / "deep" / "s.jsonl"))[0] == 2
+    assert not new.exists()
+
+
 def test_a_profile_without_a_link_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "lonely.yaml"
     path.write_text(

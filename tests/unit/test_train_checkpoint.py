@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from longcat_sim.errors import TrainingError
+from longcat_sim.errors import TrainingError, UserError
 from longcat_sim.model import LongcatFlash
 from longcat_sim.model.training import TextCorpus, TrainConfig, Trainer, read_corpus
 from longcat_sim.model.training import checkpoint as checkpoint_module
@@ -224,5 +224,5 @@ def test_train_writes_and_goes_on(corpus: TextCorpus, tmp_path: Path) -> None:
     again = train(SPEC, tmp_path / "out", config=config, corpus=[source], progress=False)
     assert again.resumed_at == 6
     assert again.held_out_loss == done.held_out_loss
-    with pytest.raises(TrainingError, match="expected a folder"):
+    with pytest.raises(UserError, match="expected a folder that can be written"):
         train(SPEC, source / "a.txt", config=config, progress=False)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longcat_sim.calibration import OpTimes
-from longcat_sim.errors import UserError
-from longcat_sim.records.files import write_text
+from longcat_sim.records.files import check_outputs, write_text
 from longcat_sim.records.measurement import save_measurements
 from longcat_sim.specs.hardware import LOCAL
 from longcat_sim.specs.scenario import scenario
@@ -91,7 +90,8 @@ def quickstart(out: Path, *, device: str = "auto", progress: Progress | None = N
             progress(what, whole, spent / whole - spent if whole > 0.02 else 150.0)
 
     place = pick_device(device)
-    _make_folder(out)
+    check_outputs(folders={"--out": out})
+    out.mkdir(parents=True, exist_ok=True)
     name = LOCAL if place.type == "cpu" else "cuda-local"
     tell(0, "describing this machine")
     write_this_machine(name, out / f"{name}.yaml")
@@ -124,16 +124,6 @@ def quickstart(out: Path, *, device: str = "auto", progress: Progress | None = N
     if progress is not None:
         progress("done", 1.0, 0.0)
     return result
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--out: expected a folder that can be written; got {out}: {error}; choose another") from None
 
 
 def _install(profile: Path, name: str) -> None:

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from longcat_sim.records.files import atomic
+from longcat_sim.records.files import atomic, check_outputs
 from longcat_sim.studies.topk import summary
 from longcat_sim.studies.topk.claims import QUICK_VERDICT, judge
 
@@ -201,10 +201,12 @@ def run_study(
 
     Raises:
         ModelError: the optional packages are missing; the message gives the install command.
+        UserError: ``out`` cannot be written.
     """
     from longcat_sim.figures.topk import study_page
     from longcat_sim.studies.topk.smollm2 import check_installed
 
+    check_outputs(folders={"--out": out})
     check_installed()
     tell = progress or (lambda message: None)
     plan = QUICK if quick else FULL

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longcat_sim.errors import TrainingError
-from longcat_sim.records.files import write_text
+from longcat_sim.records.files import check_outputs, write_text
 from longcat_sim.specs.model import ModelSpec, model_spec
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def train(
 
     Raises:
         TrainingError: settings, text or checkpoints that cannot be used, a full disk, a loss that is not finite.
+        UserError: ``out`` cannot be written.
     """
     from longcat_sim.model import LongcatFlash
     from longcat_sim.model.loading import save_pretrained
@@ -111,8 +112,7 @@ def train(
     config = config or TrainConfig(mtp_from=0.5 if spec.num_nextn_predict_layers else 1.0)
     config.check(spec)
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise TrainingError(f"{out}: expected a folder, or a name for a new one; got a file; choose another")
+    check_outputs(folders={"--out": out})
     text = read_corpus(corpus) if corpus else library_corpus()
     if device.startswith("cuda"):
         import torch

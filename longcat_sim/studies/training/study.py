@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from longcat_sim.errors import TrainingError
-from longcat_sim.records.files import write_text
+from longcat_sim.records.files import check_outputs, write_text
 from longcat_sim.studies.training import budget, determinism, growth, routing, stability, transfer
 from longcat_sim.studies.training.claims import Claim, finite, over_seeds, table, verdict
 from longcat_sim.studies.training.tasks import Task, run_tasks
@@ -66,14 +66,13 @@ def run_study(
     ``executor``, or to ``workers`` processes (default: one per core, at most 4; one means this process).
 
     Raises:
-        TrainingError: ``out`` cannot be written.
+        UserError: ``out`` cannot be written.
+        TrainingError: it cannot any more, such as on a full disk.
     """
     out = Path(out)
     began = time.perf_counter()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TrainingError(f"{out}: expected a folder that can be written; {error.strerror}; choose another") from None
+    check_outputs(folders={"--out": out})
+    out.mkdir(parents=True, exist_ok=True)
     todo = tasks(quick, out)
     if workers is None:
         workers = 1 if quick else min(4, os.cpu_count() or 1)
