@@ -66,7 +66,8 @@ def load(name: str, settings: Sequence[str]) -> Scenario:
         SpecError: every fault of the file and of the options.
     """
     from longcat_sim.errors import SpecError
-    from longcat_sim.specs.scenario import parse_changes, scenario
+    from longcat_sim.specs.changes import parse_changes
+    from longcat_sim.specs.scenario import scenario
 
     changes = parse_changes(settings)
     given = {setting.partition("=")[0].strip(): setting for setting in settings}

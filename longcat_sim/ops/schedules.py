@@ -16,6 +16,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
 from longcat_sim.errors import ScheduleError
+from longcat_sim.specs.deployment import overlap_fault
 
 # One LongCat-Flash layer (ScMoE). ``mla1_proj`` is the QKV projection of the second MLA; ``mla1_core`` its core
 # attention and output projection; ``add`` joins the shortcut with the second dense FFN's residual.
@@ -339,9 +340,9 @@ def schedule(name: str, layer: str) -> Schedule:
     Raises:
         ScheduleError: no such schedule for this kind of layer; lists those there are.
     """
-    if layer == "dense" and name in {other for other, _ in SCHEDULES}:
+    fault = overlap_fault(name, layer)
+    if fault:
+        raise ScheduleError(f"overlap: {fault}")
+    if layer == "dense":
         name = "tbo" if name.startswith("tbo") else "none"
-    if (name, layer) not in SCHEDULES:
-        known = ", ".join(sorted({n for n, of in SCHEDULES if of == layer})) or "none"
-        raise ScheduleError(f"overlap: expected one of {known} for a {layer} layer; got {name!r}; choose one of these")
     return SCHEDULES[name, layer]

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from longcat_sim.specs.base import Count, Part, Ratio
 
 Dtype = Literal["fp32", "bf16", "fp16", "fp8", "int8", "fp4", "nvfp4"]
+
+OVERLAPS: dict[str, tuple[str, ...]] = {
+    "longcat": ("chunked", "none", "sbo", "sbo_engine", "tbo"),
+    "moe": ("none", "sbo", "tbo", "tbo_prefill"),
+}
+"""Names of schedules by kind of layer (dense ones take all); what each does stands in ``ops.schedules``."""
+
+
+def overlap_fault(name: str, layer: str | None = None) -> str:
+    """Return why no schedule of that name fits a kind of layer (None: any kind), or ""."""
+    known = OVERLAPS.get(layer or "") or sorted({each for names in OVERLAPS.values() for each in names})
+    if name in known:
+        return ""
+    where = f" for a {layer} layer" if layer else ""
+    return f"expected one of {', '.join(known)}{where}; got {name!r}; choose one of these"
+
+
+def _known_overlap(name: str, info: ValidationInfo) -> str:
+    fault = overlap_fault(name, (info.context or {}).get("layer_kind"))
+    if fault:
+        raise ValueError(fault)
+    return name
+
+
+Overlap = Annotated[str, AfterValidator(_known_overlap)]
+"""Name of a schedule; a scenario knows its model, and takes those of its layers only."""
 
 
 class Precision(Part):
@@ -35,7 +61,7 @@ class Deployment(Part):
     dense_tp_size: Count | None = None
     """Tensor parallelism of dense FFNs; tp_size where not given."""
     pp_size: Count = 1
-    overlap: str = "none"
+    overlap: Overlap = "none"
     precision: Precision = Precision()
 
     @model_validator(mode="after")

@@ -63,16 +63,20 @@ def read_yaml(path: Path) -> tuple[Any, Lines, list[str]]:
     return document, lines, faults
 
 
-def validate(kind: type[M], document: Any, *, where: str, lines: Lines | None = None, at: tuple = ()) -> M:
+def validate(
+    kind: type[M], document: Any, *, where: str, lines: Lines | None = None, at: tuple = (),
+    context: Mapping[str, Any] | None = None,
+) -> M:  # fmt: skip
     """Return ``document`` as a checked ``kind``.
 
-    ``where`` names the file (or argument); ``lines`` maps key paths to lines; ``at`` is the path of ``document`` in it.
+    ``where`` names the file (or argument); ``lines`` maps key paths to lines; ``at`` is the path of ``document`` in it;
+    ``context`` is what validators are told beside it.
 
     Raises:
         SpecError: every fault of the document, one a line.
     """
     try:
-        return kind.model_validate(document)
+        return kind.model_validate(document, context=context)
     except ValidationError as error:
         raise SpecError(explain(error, kind, where=where, lines=lines, at=at)) from None
 

@@ -5,26 +5,23 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Mapping
-from copy import deepcopy
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from longcat_sim.errors import SpecError
 from longcat_sim.specs.base import Count, FlopPerSecond, Part, Seconds
-from longcat_sim.specs.deployment import DecodeStep, Deployment, PrefillStep, Routing, Speculative
+from longcat_sim.specs.changes import apply_changes
+from longcat_sim.specs.deployment import DecodeStep, Deployment, Overlap, PrefillStep, Routing, Speculative
 from longcat_sim.specs.hardware import HardwareSpec, hardware_names, load_hardware
 from longcat_sim.specs.loading import Lines, read_yaml, unknown_name, validate
 from longcat_sim.specs.model import ModelSpec, model_spec
 from longcat_sim.specs.price import Price
 from longcat_sim.specs.serve import Serve
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 Positive = Annotated[float, Field(gt=0)]
 PRESETS = Path(__file__).resolve().parents[1] / "presets" / "scenarios"
@@ -41,7 +38,7 @@ class Search(Part):
     ep_size: tuple[Count, ...] = ()
     tp_size: tuple[Count, ...] = ()
     dense_tp_size: tuple[Count, ...] = ()
-    overlap: tuple[str, ...] = ()
+    overlap: tuple[Overlap, ...] = ()
     sequences_per_gpu: tuple[Positive, ...] = ()
     """Two values are the ends of a range; more are the values themselves."""
     tpot: Seconds | None = None
@@ -91,7 +88,6 @@ class Scenario:
         self.where = where
         self.changes: dict[str, Any] = dict(changes or {})
         self._document, self._lines = document, lines
-        faults: list[str] = []
         outer: dict[str, Any] = {}
         inner: dict[str, dict[str, Any]] = {"model": {}, "hardware": {}}
         for path, value in self.changes.items():
@@ -100,27 +96,40 @@ class Scenario:
                 inner[head][rest] = value
             else:
                 outer[path] = value
-        changed = _apply(document, outer)
+        changed, faults = apply_changes(document, outer)
+        named: list[str] = []
+        self.hardware = self._named(changed, "hardware", _load_hardware, inner, named)
+        self.model = self._named(changed, "model", _load_model, inner, named)
+        parsed = None
         try:
-            parsed = validate(_Document, changed, where=where, lines=lines)
+            context = {"layer_kind": self.model.layer_kind} if self.model else None
+            parsed = validate(_Document, changed, where=where, lines=lines, context=context)
         except SpecError as error:
             faults += error.faults
-            parsed = None
-        self.hardware = self._named(changed, "hardware", _load_hardware, inner, faults)
-        self.model = self._named(changed, "model", _load_model, inner, faults)
+        faults += [*named, *self._across(parsed or _readable(changed))]
         if parsed is None or faults:
             raise SpecError(list(dict.fromkeys(faults)))
         self.deployment, self.routing, self.speculative = parsed.deployment, parsed.routing, parsed.speculative
         self.step, self.serve, self.search = parsed.step, parsed.serve, parsed.search
         self.price, self.seed, self.draws = parsed.price, parsed.seed, parsed.draws
-        searched = [Path(name).stem for name in (self.search.hardware if self.search else ())]
-        known = sorted({*hardware_names(), *searched, self.hardware.name})
-        for name in self.price.hardware_usd_per_gpu_hour:
-            if name not in known:
-                where = f"{self._at('price')}.hardware_usd_per_gpu_hour"
-                raise unknown_name("hardware", name, known, where=where)
-        extra = self.routing.redundant_experts
-        check_deployment(self.model, self.deployment, where=self._at("deployment"), redundant_experts=extra)
+
+    def _across(self, parts: Any) -> list[str]:
+        """Return the faults between sections, as far as those have none of their own (else they are None)."""
+        faults: list[str] = []
+        if self.hardware and parts.price:
+            searched = [Path(name).stem for name in (parts.search.hardware if parts.search else ())]
+            known = sorted({*hardware_names(), *searched, self.hardware.name})
+            where = f"{self._at('price')}.hardware_usd_per_gpu_hour"
+            for name in parts.price.hardware_usd_per_gpu_hour:
+                if name not in known:
+                    faults += unknown_name("hardware", name, known, where=where).faults
+        if self.model and parts.deployment and parts.routing:
+            extra = parts.routing.redundant_experts
+            try:
+                check_deployment(self.model, parts.deployment, where=self._at("deployment"), redundant_experts=extra)
+            except SpecError as error:
+                faults += error.faults
+        return faults
 
     def _at(self, key: str) -> str:
         line = self._lines.get((key,)) if self._lines else None
@@ -179,61 +188,27 @@ class Scenario:
         return f"Scenario({self.name!r}, model={self.model.name!r}, hardware={self.hardware.name!r}{changed})"
 
 
-def _apply(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of ``document`` with values set by dotted path; missing mappings are made.
-
-    An entry of a list is named by its place, ``acceptance.0`` or ``acceptance[0]``; a list of one mapping needs none.
-
-    Raises:
-        SpecError: a path into a list that names none of its places, or a place in what is no list.
-    """
-    result: dict[str, Any] = json.loads(json.dumps(document, default=str))
-    for path, value in changes.items():
-        parts = path.replace("[", ".[").split(".")
-        if not all(re.fullmatch(r"[^][]+|\[\w+\]", part) for part in parts):
-            raise SpecError(
-                f"expected names joined by single dots, such as deployment.overlap or serve.slo[0].ttft; got {path!r}"
-            )
-        _put(result, parts, deepcopy(value), "")  # a later path may set something inside the value
-    return result
-
-
-def _put(node: Any, parts: Sequence[str], value: Any, where: str) -> None:
-    """Set ``value`` at ``parts`` below ``node``, which lies at ``where``."""
-    part, rest = parts[0], parts[1:]
-    key: Any = part
-    if isinstance(node, list):
-        if len(node) == 1 and isinstance(node[0], dict) and part.isidentifier():
-            return _put(node[0], parts, value, f"{where}.0")
-        if not node:
-            raise SpecError(
-                f"{where}: expected a list with a place {part.strip('[]')}; it is empty; give the whole list"
-            )
-        if part.strip("[]") not in map(str, range(len(node))):
-            raise SpecError(
-                f"{where}: expected a place from 0 to {len(node) - 1}, such as {'.'.join([where, '0', *rest])}; "
-                f"got {part.strip('[]')!r}; or give the whole list"
-            )
-        key = int(part.strip("[]"))
-    elif part.startswith("["):
-        raise SpecError(f"{where}: expected a list; got {node or 'none'}; leave {part} out or give the whole list")
-    if not rest:
-        node[key] = value
-        return None
-    below = f"{where}.{key}".lstrip(".")
-    inside = node[key] if isinstance(node, list) else node.get(key)
-    if not isinstance(inside, (dict, list)):
-        if rest[0].startswith("["):
-            return _put(inside, rest, value, below)  # no list: says so
-        inside = node[key] = {}
-    return _put(inside, rest, value, below)
+def _readable(document: Mapping[str, Any]) -> SimpleNamespace:
+    """Return the sections of a faulty document that can be read, the others None."""
+    kinds: dict[str, type[Part]] = {"deployment": Deployment, "routing": Routing, "price": Price, "search": Search}
+    parts: dict[str, Any] = dict.fromkeys(kinds)
+    for key, kind in kinds.items():
+        with suppress(ValidationError):
+            parts[key] = kind.model_validate(document.get(key, {}))
+    return SimpleNamespace(**parts)
 
 
 def _load_hardware(name: str, changes: Mapping[str, Any], where: str) -> HardwareSpec:
     """Return a profile with figures replaced by dotted path, each value read as if it stood in the file."""
     spec = load_hardware(name, where=where)
+    faults: list[str] = []
     for path, value in changes.items():
-        spec = _replaced(spec, path.split("."), value, where=f"hardware.{path}")
+        try:
+            spec = _replaced(spec, path.split("."), value, where=f"hardware.{path}")
+        except SpecError as error:
+            faults += error.faults
+    if faults:
+        raise SpecError(faults)
     return spec
 
 
@@ -241,11 +216,14 @@ def _load_model(name: str, changes: Mapping[str, Any], where: str) -> ModelSpec:
     """Return a model with config keys replaced; what follows from them is derived anew."""
     try:
         spec = model_spec(name)
+        faults = []
         for key in changes:
             if key not in type(spec).model_fields:
                 near = difflib.get_close_matches(key, type(spec).model_fields, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(type(spec).model_fields)}"
-                raise SpecError(f"model.{key}: expected a key of the model; got {key!r}; {hint}")
+                faults.append(f"model.{key}: expected a key of the model; got {key!r}; {hint}")
+        if faults:
+            raise SpecError(faults)
         return model_spec(name, **changes)
     except SpecError as error:
         raise SpecError([f"{where}: {fault.removeprefix('model: ')}" for fault in error.faults]) from None
@@ -351,36 +329,3 @@ def scenario(name_or_path: str | Path | Mapping[str, Any], changes: Mapping[str,
     if faults:
         raise SpecError(faults)
     return made
-
-
-def _number(value: Any) -> Any:
-    """Return ``1e6`` as the number that people mean; YAML reads only ``1.0e+6`` as one."""
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return int(float(value)) if float(value).is_integer() else float(value)
-    if isinstance(value, list):
-        return [_number(each) for each in value]
-    if isinstance(value, dict):
-        return {key: _number(each) for key, each in value.items()}
-    return value
-
-
-def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
-    """Return ``{"a.b": value}`` of ``a.b=value`` strings; values are read as YAML.
-
-    Raises:
-        SpecError: a setting without ``=`` or without a path.
-    """
-    changes: dict[str, Any] = {}
-    faults = []
-    for setting in settings:
-        path, equals, text = setting.partition("=")
-        if not equals or not path.strip():
-            faults.append(f"--set: expected path=value, such as deployment.overlap=sbo; got {setting!r}")
-            continue
-        try:
-            changes[path.strip()] = _number(yaml.safe_load(text))
-        except yaml.YAMLError:
-            faults.append(f"--set {path}: expected a YAML value; got {text!r}")
-    if faults:
-        raise SpecError(faults)
-    return changes

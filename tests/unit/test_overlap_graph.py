@@ -11,7 +11,7 @@ from longcat_sim.ops.attention import StepSize
 from longcat_sim.ops.graph import LayerLoad, layer_segments, step_graph
 from longcat_sim.ops.schedules import SCHEDULES, Schedule, schedule
 from longcat_sim.simulation.step import simulate_step, step_memory, step_seconds_many
-from longcat_sim.specs.deployment import Deployment
+from longcat_sim.specs.deployment import OVERLAPS, Deployment
 from longcat_sim.specs.hardware import load_hardware
 from longcat_sim.specs.model import model_spec
 from longcat_sim.specs.scenario import scenario
@@ -178,3 +178,12 @@ def test_a_narrower_cache_is_read_by_decode_kernels_and_not_by_prefill(name):
     assert (wide[0], narrow[0]) == ("bf16", "fp8")
     assert narrow[1] == pytest.approx(wide[1] / 2, rel=0.05)
     assert core("prefill", "fp8") == core("prefill", "bf16")
+
+
+def test_a_scenario_takes_the_schedules_that_there_are() -> None:
+    assert {(name, layer) for layer, names in OVERLAPS.items() for name in names} == {
+        (name, layer) for name, layer in SCHEDULES if layer != "dense"
+    }
+    for names in OVERLAPS.values():
+        for name in names:
+            assert schedule(name, "dense").name in ("none", "tbo")

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from longcat_sim.errors import SpecError
+from longcat_sim.specs.changes import parse_changes
 from longcat_sim.specs.hardware import load_hardware
-from longcat_sim.specs.scenario import parse_changes, scenario
+from longcat_sim.specs.scenario import scenario
 
 GOOD = """\
 model: longcat-flash
@@ -91,6 +92,50 @@ def test_all_faults_of_a_file_at_once_with_lines(write) -> None:
     assert "mine.yaml:7: deployment.colour: expected a known key" in text
     assert "mine.yaml:8: step" in text
     assert "mine.yaml:9: draws" in text
+
+
+def test_faults_of_names_and_between_sections_come_with_the_others(write) -> None:
+    path = write(
+        "model: longcat-flash\n"
+        "hardware: h800-sxm\n"
+        "deployment:\n"
+        "  num_gpus: 192\n"
+        "  ep_size: 96\n"
+        "  colour: red\n"
+        "  overlap: sbx\n"
+        "step: {phase: decode, sequences_per_gpu: 0, context_tokens: 10}\n"
+        "search: {overlap: [none, fast, tbo_prefill]}\n"
+        "price: {hardware_usd_per_gpu_hour: {h800: 9}}\n"
+        "draws: 0\n"
+    )
+    known = "expected one of chunked, none, sbo, sbo_engine, tbo for a longcat layer; got"
+    with pytest.raises(SpecError) as error:
+        scenario(path)
+    for part in (
+        "mine.yaml:6: deployment.colour: ",
+        f"mine.yaml:7: deployment.overlap: {known} 'sbx'; choose one of these",
+        "mine.yaml:8: step.sequences_per_gpu: ",
+        f"mine.yaml:9: search.overlap[1]: {known} 'fast'",
+        f"mine.yaml:9: search.overlap[2]: {known} 'tbo_prefill'",
+        "mine.yaml:10: price.hardware_usd_per_gpu_hour: expected a path or one of",
+        "mine.yaml:11: draws: ",
+    ):
+        assert part in str(error.value)
+    path.write_text(path.read_text().replace("  colour: red\n  overlap: sbx\n", ""))
+    with pytest.raises(SpecError, match=r"512 % 96 = 32(.|\n)*got 'fast'|got 'fast'(.|\n)*512 % 96 = 32"):
+        scenario(path)
+
+
+def test_all_faults_of_a_what_if_at_once(write) -> None:
+    changes = {
+        "model.moe_top": 3, "model.foo": 3, "hardware.memory": 80, "hardware.foo": 1, "serve..slo": 1,
+        "speculative.acceptance.7": 1, "deployment.overlap": "sbx", "draws": 0,
+    }  # fmt: skip
+    with pytest.raises(SpecError) as error:
+        scenario(write(GOOD), changes)
+    assert len(error.value.faults) == len(changes)
+    with pytest.raises(SpecError, match=r"overlap: expected one of none, sbo, tbo, tbo_prefill for a moe layer"):
+        scenario("deepseek-v3-h800-decode", {"deployment.overlap": "chunked"})
 
 
 def test_experts_must_divide_over_ranks(write) -> None:
