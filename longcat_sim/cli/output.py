@@ -80,15 +80,22 @@ def load(name: str, settings: Sequence[str]) -> Scenario:
 _FAULT = re.compile(r"(?:[^\s:]+(?::\d+)?: )?(?P<path>[A-Za-z_][\w.\[\]-]*): (?P<rest>.*)", re.DOTALL)
 
 
+def _by_dots(path: str) -> str:
+    """Return a path with the places of lists between dots, ``slo.0.ttft`` for ``slo[0].ttft``."""
+    return re.sub(r"\[(\w+)\]", r".\1", path)
+
+
 def _cited(fault: str, given: Mapping[str, str]) -> str:
     """Return a fault with the option in place of the file and line, if an option set what it is about."""
     found = _FAULT.fullmatch(fault)
     if found is None:
         return fault
-    path = re.sub(r"^step\.(decode|prefill)\.", "step.", found["path"])
-    for key, setting in given.items():
-        if path == key or path.startswith((f"{key}.", f"{key}[")):
-            inner = path[len(key) :].lstrip(".")
+    path = _by_dots(re.sub(r"^step\.(decode|prefill)\.", "step.", found["path"]))
+    for written, setting in reversed(list(given.items())):  # the last of two that set it
+        key = _by_dots(written)
+        at = path if f"{path}.".startswith(f"{key}.") else path.replace(".0.", ".")  # a list of one needs no place
+        if f"{at}.".startswith(f"{key}."):
+            inner = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", at[len(key) :]).lstrip(".")
             return f"--set {setting}: {inner + ': ' if inner else ''}{found['rest']}"
         if key.startswith(f"{path}.") and re.search(rf"\b{re.escape(key.rpartition('.')[2])}\b", found["rest"]):
             return f"--set {setting}: {found['rest']}"  # a fault of several keys, one of them given

@@ -105,6 +105,12 @@ def test_a_larger_token_budget_never_frees_memory(capsys: pytest.CaptureFixture[
         (["simulate", "longcat-flash-h800-decode", "--set", "deployment.overlap=fast", "--set", "step.phase=decod",
           "--set", "draws=0"],
          ["error: --set deployment.overlap=fast: ", "error: --set step.phase=decod: ", "error: --set draws=0: "]),
+        (["simulate", "longcat-flash-h800-decode", "--set", "speculative.acceptance.0=1.5"],
+         ["error: --set speculative.acceptance.0=1.5: expected less than or equal to 1; got 1.5"]),
+        (["simulate", "longcat-flash-h800-decode", "--set", "speculative.acceptance=[1.5]"],
+         ["error: --set speculative.acceptance=[1.5]: [0]: expected less than or equal to 1; got 1.5"]),
+        *((["simulate", "longcat-flash-h800-serve", "--set", f"{path}=2"], [f"error: --set {path}=2: expected a quan"])
+          for path in ("serve.slo.0.ttft", "serve.slo[0].ttft", "serve.slo.ttft")),
         (["capacity", "longcat-flash-h800-decode", "--set", "search={ep_sizes: [2]}"],
          ["--set search={ep_sizes: [2]}: ep_sizes: expected a known key", "did you mean 'ep_size'?"]),
         (["capacity", "longcat-flash-decode-capacity", "--set", "price.usd_per_gpu_hour=-1"],
