@@ -19,21 +19,28 @@ class ParsedFloat(float):
     """A quantity given in code, already in base units: passes where a file would have to write a unit."""
 
 
-def _reader(dimension: str) -> BeforeValidator:
-    """Return the pydantic reader of quantities in ``dimension``."""
+def _reader(dimension: str, *, may_be_zero: bool = False) -> BeforeValidator:
+    """Return the pydantic reader of quantities in ``dimension``, which are above 0 unless they may be 0."""
 
     def read(value: Any) -> float:
-        return value if isinstance(value, ParsedFloat) else units.parse(value, dimension)
+        found = value if isinstance(value, ParsedFloat) else units.parse(value, dimension)
+        if found < 0 or (found == 0 and not may_be_zero):
+            bound = "of at least 0" if may_be_zero else "greater than 0"
+            raise ValueError(
+                f"expected a quantity in {dimension} {bound}, such as '{units.EXAMPLES[dimension]}'; got {value!r}; "
+                "write a larger one"
+            )
+        return found
 
     return BeforeValidator(read)
 
 
-BytesPerSecond = Annotated[float, _reader("B/s"), Field(gt=0)]
-Bytes = Annotated[float, _reader("B"), Field(ge=0)]
-Seconds = Annotated[float, _reader("s"), Field(ge=0)]
-FlopPerSecond = Annotated[float, _reader("FLOP/s"), Field(gt=0)]
-Watts = Annotated[float, _reader("W"), Field(ge=0)]
-UsdPerHour = Annotated[float, _reader("USD/h"), Field(gt=0)]
-PerSecond = Annotated[float, _reader("1/s"), Field(gt=0)]
+BytesPerSecond = Annotated[float, _reader("B/s")]
+Bytes = Annotated[float, _reader("B", may_be_zero=True)]
+Seconds = Annotated[float, _reader("s", may_be_zero=True)]
+FlopPerSecond = Annotated[float, _reader("FLOP/s")]
+Watts = Annotated[float, _reader("W", may_be_zero=True)]
+UsdPerHour = Annotated[float, _reader("USD/h")]
+PerSecond = Annotated[float, _reader("1/s")]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]

@@ -160,7 +160,7 @@ class Speculative(Part):
 class DecodeStep(Part):
     """One steady-state decode step."""
 
-    phase: Literal["decode"] = "decode"
+    phase: Literal["decode"] = Field(default="decode", examples=["decode"])
     sequences_per_gpu: float = Field(gt=0)
     context_tokens: float = Field(gt=0)
     context_spread: float = Field(default=0.0, ge=0)

@@ -86,16 +86,32 @@ def explain(
 ) -> list[str]:
     """Return pydantic's faults as sentences: where, expected, got, what to do."""
     faults = []
-    for fault in error.errors():
+    for fault in map(_at_its_tag, error.errors()):
         path = (*at, *(part for part in fault["loc"] if not _is_type_label(part)))
         if len(path) > 2 and path[0] == "step" and path[1] in ("decode", "prefill"):
             path = ("step", *path[2:])  # which of the two it is stands in ``phase``, not in the path
         line = _line(lines, path)
-        faults.append(f"{where}{line}: {dotted(path) or kind.__name__}: {_sentence(fault, kind)}")
+        faults.append(f"{where}{line}: {dotted(path) or kind.__name__}: {sentence(fault, kind)}")
     return faults
 
 
-def _sentence(fault: Mapping[str, Any], kind: type[BaseModel]) -> str:
+def _at_its_tag(fault: Any) -> Mapping[str, Any]:
+    """Return a fault of the key that tells the models of a union apart as one of that key, not of the mapping."""
+    if not fault["type"].startswith("union_tag"):
+        return fault
+    loc = (*fault["loc"], fault["ctx"]["discriminator"].strip("'"))
+    if fault["type"] == "union_tag_not_found":
+        return {**fault, "type": "missing", "loc": loc}
+    return {
+        **fault,
+        "msg": f"expected one of {fault['ctx']['expected_tags']}",
+        "loc": loc,
+        "input": fault["ctx"]["tag"],
+    }
+
+
+def sentence(fault: Mapping[str, Any], kind: type) -> str:
+    """Return one of pydantic's faults, at its place in ``kind``, as expected, got, what to do."""
     got = fault.get("input")
     match fault["type"]:
         case "extra_forbidden":
@@ -116,20 +132,20 @@ def _sentence(fault: Mapping[str, Any], kind: type[BaseModel]) -> str:
             return f"{expected}{f', such as {example}' if example else ''}; got {shown}"
 
 
-def _example(kind: type[BaseModel], path: tuple) -> str | None:
+def _example(kind: type, path: tuple) -> str | None:
     """Return what the field at ``path`` under ``kind`` gives as an example of itself, if anything."""
     model = _model_at(kind, path[:-1])
     field = model.model_fields.get(path[-1]) if path and _is_model(model) else None
     return str(field.examples[0]) if field is not None and field.examples else None
 
 
-def _known_keys(kind: type[BaseModel], path: tuple) -> list[str]:
+def _known_keys(kind: type, path: tuple) -> list[str]:
     """Return the keys that the model at ``path`` under ``kind`` knows."""
     model = _model_at(kind, path)
     return list(model.model_fields) if _is_model(model) else []
 
 
-def _model_at(kind: type[BaseModel], path: tuple) -> Any:
+def _model_at(kind: type, path: tuple) -> Any:
     """Return the model at ``path`` under ``kind``; of a union, the one with that tag."""
     current: Any = kind
     union: list[type[BaseModel]] = []

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from longcat_sim.errors import SpecError
 from longcat_sim.specs.hf_config import fields_of, read_config
+from longcat_sim.specs.loading import sentence
 from longcat_sim.specs.model_shape import ModelShape
 
 
@@ -213,8 +214,8 @@ def _checked(fields: Mapping[str, Any], where: str) -> ModelSpec:
         faults = []
         for fault in error.errors():
             key = ".".join(str(at) for at in fault["loc"])
-            got = "" if not key else f"; got {fault['input']!r}"
-            for line in fault["msg"].removeprefix("Value error, ").splitlines():
+            got = f"; got {fault['input']!r}" if key and fault["type"] == "value_error" else ""
+            for line in sentence(fault, ModelSpec).splitlines():
                 faults.append(f"{where}: {key + ': ' if key else ''}{line}{got}")
         raise SpecError(faults) from None
 

@@ -18,7 +18,7 @@ from longcat_sim.specs.base import Count, FlopPerSecond, Part, Seconds
 from longcat_sim.specs.changes import apply_changes
 from longcat_sim.specs.deployment import DecodeStep, Deployment, Overlap, PrefillStep, Routing, Speculative
 from longcat_sim.specs.hardware import HardwareSpec, hardware_names, load_hardware
-from longcat_sim.specs.loading import Lines, read_yaml, unknown_name, validate
+from longcat_sim.specs.loading import Lines, dotted, read_yaml, sentence, unknown_name, validate
 from longcat_sim.specs.model import ModelSpec, model_spec
 from longcat_sim.specs.price import Price
 from longcat_sim.specs.serve import Serve
@@ -255,9 +255,12 @@ def _read_as(node: Any, name: str, value: Any, *, where: str) -> Any:
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        raise SpecError(
-            [f"{where}: {fault['msg'].removeprefix('Value error, ')}" for fault in error.errors()]
-        ) from None
+        faults = []
+        for fault in error.errors():
+            inner = dotted(fault["loc"])
+            placed = {**fault, "loc": (name, *fault["loc"])}
+            faults.append(f"{where}{'.' if inner else ''}{inner}: {sentence(placed, type(node))}")
+        raise SpecError(faults) from None
 
 
 def check_deployment(
