@@ -38,6 +38,7 @@ def _reader(dimension: str, *, may_be_zero: bool = False) -> BeforeValidator:
 BytesPerSecond = Annotated[float, _reader("B/s")]
 Bytes = Annotated[float, _reader("B", may_be_zero=True)]
 Seconds = Annotated[float, _reader("s", may_be_zero=True)]
+PositiveSeconds = Annotated[float, _reader("s")]
 FlopPerSecond = Annotated[float, _reader("FLOP/s")]
 Watts = Annotated[float, _reader("W", may_be_zero=True)]
 UsdPerHour = Annotated[float, _reader("USD/h")]

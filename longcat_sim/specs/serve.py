@@ -7,7 +7,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from longcat_sim.specs.base import Bytes, BytesPerSecond, Count, ParsedFloat, Part, PerSecond, Ratio, Seconds
+from longcat_sim.specs.base import (
+    Bytes,
+    BytesPerSecond,
+    Count,
+    ParsedFloat,
+    Part,
+    PerSecond,
+    PositiveSeconds,
+    Ratio,
+    Seconds,
+)
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -51,6 +61,13 @@ class TokenCounts(Part):
                 raise ValueError("uniform lengths need max, such as {distribution: uniform, min: 30, max: 100}")
         elif self.mean is None:
             raise ValueError(f"{self.distribution} lengths need a mean, such as mean: 1020; got none; add it")
+        elif not self.min <= self.mean <= (self.max or inf):
+            bound = f"max {self.max}" if self.mean > self.min else f"min {self.min}"
+            raise ValueError(
+                f"expected a mean between min and max, such as {{mean: 1020, min: 1, max: 4096}}; got mean "
+                f"{self.mean:g} and {bound}: lengths are cut there, and what is served would have another mean; change "
+                "one"
+            )
         return self
 
 
@@ -125,7 +142,7 @@ class Workload(Part):
     sessions: Sessions | None = None
     num_requests: Count | None = None
     """Requests (sessions, where there are any) to generate, or the first rows of a trace to read."""
-    duration: Seconds | None = None
+    duration: PositiveSeconds | None = None
     """Stop sending after this time."""
     warm_up: Seconds = ParsedFloat(0)
     """Requests that arrive before this are served but not counted in the metrics."""
@@ -139,6 +156,12 @@ class Workload(Part):
         if self.trace is not None and self.arrivals is not None:
             raise ValueError(
                 "workload takes either trace: PATH or arrivals: {process: poisson, rate: 3.5 /s}; got both"
+            )
+        if self.duration is not None and self.warm_up >= self.duration and self.sessions is None:
+            raise ValueError(
+                f"warm_up: expected less than duration, such as {self.duration / 4:g} s; got a warm_up of "
+                f"{self.warm_up:g} s and a duration of {self.duration:g} s, which leave no request to count; shorten "
+                "warm_up or lengthen duration"
             )
         if self.arrivals is not None:
             if self.input_tokens is None or self.output_tokens is None:
