@@ -83,8 +83,9 @@ class Price(Part):
             rent = self.usd_per_gpu_hour or self.hardware_usd_per_gpu_hour.get(hardware.name) or hardware.price
             if rent is None:
                 raise SpecError(
-                    f"price.usd_per_gpu_hour: expected a price, such as 2.0; neither the scenario nor hardware "
-                    f"{hardware.name} has one; add it"
+                    f"price.hardware_usd_per_gpu_hour: expected a price of {hardware.name}, such as "
+                    f"{{{hardware.name}: 1.5}}; neither the scenario nor its profile has one; add it: "
+                    "price.usd_per_gpu_hour would be the price of every device"
                 )
             lines["rent"] = rent
         if self.usd_per_kwh:

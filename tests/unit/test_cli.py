@@ -137,6 +137,8 @@ def test_a_larger_token_budget_never_frees_memory(capsys: pytest.CaptureFixture[
          ["error: --set serve.workload.input_tokens.max=100: expected a mean between min and max, such as ",
           "got mean 3600 and max 100: ", "error: --set serve.workload.output_tokens.min=2000: expected a mean between",
           "got mean 1000 and min 2000: "]),
+        (["capacity", "longcat-flash-decode-capacity", "--set", "search.hardware=[b200-sxm, h20]"],
+         ["price.hardware_usd_per_gpu_hour: expected a price of h20, such as {h20: 1.5}; neither", "add it"]),
         (["capacity", "longcat-flash-h800-decode", "--set", "search={ep_sizes: [2]}"],
          ["--set search={ep_sizes: [2]}: ep_sizes: expected a known key", "did you mean 'ep_size'?"]),
         (["capacity", "longcat-flash-decode-capacity", "--set", "price.usd_per_gpu_hour=-1"],
