@@ -66,7 +66,12 @@ def serve_once(
         trace_window_s=window,
     )  # fmt: skip
     figures = run.metrics()
-    if len(run.records) and not figures["requests"]:
+    if not len(run.records):
+        raise WorkloadError(
+            f"{scenario.where}: serve.workload.duration: expected a time in which one request arrives at least, such "
+            f"as 10 min; got {serve.workload.duration or 0:g} s, in which none does; lengthen it or raise arrivals.rate"
+        )
+    if not figures["requests"]:
         last_s = float(run.records.numpy("arrival").max()) * 1e-9
         raise WorkloadError(
             f"{scenario.where}: serve.workload.warm_up: expected less than the traffic lasts ({last_s:.4g} s); got "

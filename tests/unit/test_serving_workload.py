@@ -68,6 +68,11 @@ def test_a_trace_of_mostly_faulty_rows_is_refused(tmp_path: Path) -> None:
     path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "2023-11-16 18:15:46.68,374,44\n" * 3)
     with pytest.raises(WorkloadError, match=r"got 4 faulty and 0 good; .*serve.workload.format=azure"):
         list(reader(path, "mooncake"))
+    path.write_text('{"arrival_s": 0.5, "input_tokens": 900, "output_tokens": 120}\n' * 9)
+    for given in ("mooncake", "azure"):
+        with pytest.raises(WorkloadError, match=r"try --set serve.workload.format=jsonl") as caught:
+            list(reader(path, given))
+        assert len(caught.value.faults) <= 4  # rows of another format are all alike
     path.write_bytes(bytes(range(128, 256)) * 40 + b"\n")
     with pytest.raises(WorkloadError, match="got 1 faulty and 0 good"):
         list(reader(path, "mooncake"))

@@ -15,7 +15,7 @@ from longcat_sim.specs.serve import Serve, TraceFormat, Workload
 
 MOONCAKE_BLOCK_TOKENS = 512
 """Tokens behind one entry of ``hash_ids``. Source: Mooncake FAST'25 release, README of the traces."""
-LISTED_FAULTS = 20
+LISTED_FAULTS, FEW_FAULTS = 20, 3
 EPOCH_S = 1e8
 """A first arrival later than this (three years) is an epoch clock: time then starts with it."""
 
@@ -38,7 +38,7 @@ class Faults:
             WorkloadError: there are more than the limit.
         """
         self.count += 1
-        if len(self.listed) < LISTED_FAULTS:
+        if len(self.listed) < (FEW_FAULTS if self.hint else LISTED_FAULTS):  # of another format all are alike
             self.listed.append(f"{self.path}:{line}: {reason}")
         if self.count > self.limit:
             raise WorkloadError(
@@ -71,7 +71,7 @@ def _azure(lines: Iterator[str], faults: Faults) -> Iterator[tuple[int, Row | st
     except ValueError:
         raise WorkloadError(
             f"{faults.path}:1: expected the columns TIMESTAMP,ContextTokens,GeneratedTokens; got "
-            f"{','.join(header)[:120]!r}; is this an Azure trace (format: azure)?"
+            f"{','.join(header)[:120]!r}; {faults.hint or 'is this an Azure trace (format: azure)?'}"
         ) from None
     days: dict[str, float] = {}
     for number, line in enumerate(lines, start=2):
@@ -118,6 +118,17 @@ def _rows(lines: Iterator[str], form: TraceFormat, faults: Faults) -> Iterator[t
     return _json_rows(lines, _read_own, '{"arrival_s": 0.5, "input_tokens": 1020, "output_tokens": 211}')
 
 
+def _format_of(path: Path) -> TraceFormat | None:
+    """Return the format that the first row of a trace looks like, if any."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        row = next((line for line in file if line.strip()), "")
+    marks: dict[TraceFormat, tuple[str, ...]] = {
+        "azure": ("TIMESTAMP", "ContextTokens"), "mooncake": ('"timestamp"', '"input_length"'),
+        "jsonl": ('"arrival_s"', '"input_tokens"'),
+    }  # fmt: skip
+    return next((form for form, names in marks.items() if all(name in row for name in names)), None)
+
+
 class TraceReader:
     """Iterate over the requests of a trace in order of arrival; memory does not grow with its length."""
 
@@ -138,12 +149,10 @@ class TraceReader:
                 f"{MOONCAKE_BLOCK_TOKENS} % {self.block_tokens} = {MOONCAKE_BLOCK_TOKENS % self.block_tokens}; try 16"
             )
         self.classes = {level.name: (at, level.priority) for at, level in enumerate(serve.slo)}
-        hint = ""
-        if self.path.suffix == ".csv" and workload.format != "azure":
-            hint = "a CSV file may be an Azure trace: try --set serve.workload.format=azure"
-        elif self.path.suffix in (".jsonl", ".json") and workload.format == "azure":
-            hint = "JSON Lines may be a Mooncake trace: try --set serve.workload.format=mooncake"
-        self.faults = Faults(str(self.path), workload.max_bad_rows, hint)
+        form = _format_of(self.path)
+        hint = f"its first row is of another format: try --set serve.workload.format={form}"
+        is_other = form is not None and form != workload.format
+        self.faults = Faults(str(self.path), workload.max_bad_rows, hint if is_other else "")
         self.count = 0
 
     def __iter__(self) -> Iterator[Request]:
