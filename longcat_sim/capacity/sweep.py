@@ -129,7 +129,7 @@ def _read(path: Path, label: str) -> dict[str, Point]:
     """Return the points of a sweep file; a last line that a kill cut short is left out."""
     if not path.exists() or not path.stat().st_size:
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     try:
         head = json.loads(lines[0])
         version, of = head["longcat_sim_sweep"], head["evaluate"]

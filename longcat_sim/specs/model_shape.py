@@ -75,14 +75,16 @@ class ModelShape(Part):
         """Fill what follows from other keys."""
         if isinstance(data, Mapping):
             data = dict(data)
-            heads, experts = data.get("num_attention_heads"), data.get("n_routed_experts") or 0
+            # what is no number is a fault of its own key, found later
+            known = {name: value for name, value in data.items() if isinstance(value, int | float)}
+            heads, experts = known.get("num_attention_heads"), known.get("n_routed_experts", 0)
             if not data.get("num_key_value_heads"):
-                data["num_key_value_heads"] = heads
-            if not data.get("head_dim") and data.get("hidden_size") and heads:
-                data["head_dim"] = data.get("qk_rope_head_dim") or data["hidden_size"] // heads
-            if not data.get("expected_ffn_experts") and experts:
-                choices = experts + (data.get("zero_expert_num") or 0)
-                data["expected_ffn_experts"] = data.get("moe_topk", 0) * experts / choices
+                data["num_key_value_heads"] = data.get("num_attention_heads")
+            if not data.get("head_dim") and known.get("hidden_size") and heads:
+                data["head_dim"] = known.get("qk_rope_head_dim") or known["hidden_size"] // heads
+            choices = experts + known.get("zero_expert_num", 0)
+            if not data.get("expected_ffn_experts") and experts and choices:
+                data["expected_ffn_experts"] = known.get("moe_topk", 0) * experts / choices
         return data
 
     @model_validator(mode="after")

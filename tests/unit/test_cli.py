@@ -126,6 +126,8 @@ def test_a_larger_token_budget_never_frees_memory(capsys: pytest.CaptureFixture[
          ["error: --set step={sequences_per_gpu: 1}: phase: expected this key; it is missing; add it, such as"]),
         (["simulate", "longcat-flash-h800-decode", "--set", "model.num_layers=-3"],
          ["num_layers: expected greater than or equal to 1; got -3"]),
+        (["simulate", "longcat-flash-h800-decode", "--set", "model.moe_topk=abc"],
+         ["moe_topk: expected a valid integer, unable to parse string as an integer; got 'abc'"]),
         (["simulate", "longcat-flash-h800-serve", "--set", "serve.workload.duration=0 s"],
          ["error: --set serve.workload.duration=0 s: expected a quantity in s greater than 0, such as '5 us'"]),
         (["simulate", "longcat-flash-h800-serve", "--set", "serve.workload.duration=5 min"],

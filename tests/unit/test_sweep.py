@@ -70,9 +70,10 @@ def test_a_sweep_file_of_another_version_is_refused(tmp_path: Path) -> None:
     store.write_text(json.dumps({"longcat_sim_sweep": 2, "evaluate": "other.figure"}) + "\n")
     with pytest.raises(CapacityError, match=r"got those of other\.figure"):
         sweep(scenarios(2), area, store=store)
-    store.write_text("hello\n")
-    with pytest.raises(CapacityError, match="expected the head of a sweep file"):
-        sweep(scenarios(2), area, store=store)
+    for other in (b"hello\n", bytes(range(128, 256))):
+        store.write_bytes(other)
+        with pytest.raises(CapacityError, match="expected the head of a sweep file"):
+            sweep(scenarios(2), area, store=store)
 
 
 def test_equal_scenarios_are_evaluated_once() -> None:
