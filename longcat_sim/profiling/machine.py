@@ -14,6 +14,7 @@ import yaml
 from longcat_sim.profiling.environment import here
 from longcat_sim.profiling.timing import Clock, steady
 from longcat_sim.records.files import write_text
+from longcat_sim.specs.hardware import ONE_CORE
 from longcat_sim.units import show
 
 PRICE_USD_PER_HOUR = 0.05
@@ -30,7 +31,7 @@ def describe_machine(name: str, device: torch.device, dtype: str = "") -> dict[s
         rates = _peaks(device)
         bandwidth = _bandwidth(device)
     sheet: dict[str, Any] = {
-        "device": environment.device + (", one core" if device.type == "cpu" else ""),
+        "device": environment.device + (ONE_CORE if device.type == "cpu" else ""),
         "peak": {kind: show(rate, "FLOP/s") for kind, rate in rates.items()},
         "memory": f"{_memory(device)} B",
         "memory_bandwidth": show(bandwidth, "B/s"),

@@ -152,6 +152,8 @@ class HardwareSpec(Part):
 
 LOCAL = "cpu-local"
 """Name of the profile of this machine's CPU, which no checkout holds."""
+ONE_CORE = ", one core"
+"""Ends the device's name in the profile of a CPU, whose ops were timed on one core."""
 
 
 def profile_folders() -> list[Path]:

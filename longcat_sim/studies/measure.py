@@ -11,7 +11,7 @@ from longcat_sim.calibration.collective_file import read_collectives
 from longcat_sim.errors import SpecError
 from longcat_sim.records.files import check_outputs, write_text
 from longcat_sim.records.measurement import Environment, load_measurements
-from longcat_sim.specs.hardware import HardwareSpec, hardware_names, load_hardware, profile_folders
+from longcat_sim.specs.hardware import ONE_CORE, HardwareSpec, hardware_names, load_hardware, profile_folders
 from longcat_sim.studies.beside import slowdowns, summary
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -78,8 +78,7 @@ def _sheet(name: str, target: Path, environment: Environment) -> HardwareSpec:
     packaged = [folder / f"{name}.yaml" for folder in profile_folders() if (folder / f"{name}.yaml").exists()]
     for known in [target] if target.exists() else packaged[:1]:
         hardware = load_hardware(known)
-        is_other = (environment.kind == "cpu") != (hardware.sm_count == 1)
-        if is_other or card_of(environment.device) != card_of(hardware.device):
+        if not _is_of(environment, hardware):
             raise SpecError(
                 f"--name {name}: expected measurements of {hardware.device or name}, whose data sheet {known.name} "
                 f"holds; got those of {environment.device!r}; give the fit a name of its own, such as --name mine"
@@ -97,6 +96,15 @@ def _sheet(name: str, target: Path, environment: Environment) -> HardwareSpec:
             text = sheet.read_text(encoding="utf-8").split("\nfit:\n")[0] + "\n"
             write_text(target, re.sub(r"^name: .*$", f"name: {name}", text, count=1, flags=re.MULTILINE))
     return load_hardware(target)
+
+
+def _is_of(environment: Environment, hardware: HardwareSpec) -> bool:
+    """Return whether what was measured is the device of a data sheet: a GPU of that card, or a CPU of that name."""
+    if (environment.kind == "cpu") != (hardware.sm_count == 1):
+        return False
+    if environment.kind == "cpu":
+        return environment.device == hardware.device.removesuffix(ONE_CORE)
+    return card_of(environment.device) == card_of(hardware.device)
 
 
 def card_of(device: str) -> tuple[str, bool] | None:

@@ -18,7 +18,13 @@ from longcat_sim.profiling.place import Place
 from longcat_sim.profiling.profile import profile
 from longcat_sim.profiling.streams import measure_streams, stream_pairs
 from longcat_sim.profiling.suites import Grid, suite_ops
-from longcat_sim.records.measurement import Measurement, load_measurements, save_measurements, skipped_lines
+from longcat_sim.records.measurement import (
+    Environment,
+    Measurement,
+    load_measurements,
+    save_measurements,
+    skipped_lines,
+)
 from longcat_sim.specs.hardware import load_hardware
 from longcat_sim.specs.model import model_spec
 from longcat_sim.studies.beside import rate_beside, slowdowns, summary
@@ -130,6 +136,25 @@ def test_the_fit_of_a_cpu_does_not_go_into_the_profile_of_a_gpu(tmp_path: Path) 
         with pytest.raises(SpecError, match=match):
             calibrate(out, name, tmp_path / "fit.yaml")
     assert not (tmp_path / "fit.yaml").exists()
+
+
+def test_the_fit_of_a_cpu_does_not_go_into_the_profile_of_another_cpu(tmp_path: Path) -> None:
+    """The names of CPUs hold no card's, and all of them passed for one."""
+    out, sheet = tmp_path / "m.jsonl", tmp_path / "cpu-local.yaml"
+    items = [op("gemm", dtype="fp32", m=m, n=64, k=64) for m in (1, 2, 4, 8, 16)]
+    rows = [Measurement(op=item, median_s=1e-5, p10_s=1e-5, p90_s=1e-5, count=3) for item in items]
+    sheet.write_text(
+        "schema: 1\nname: cpu-local\ndatasheet:\n  device: AMD EPYC, one core\n  peak: {fp32: 100 GFLOP/s}\n"
+        "  memory: 8 GB\n  memory_bandwidth: 10 GB/s\n  sm_count: 1\n"
+    )
+    head = sheet.read_text()
+    save_measurements(out, Environment(device="Intel Xeon Gold", kind="cpu"), rows)
+    with pytest.raises(SpecError, match=r"expected measurements of AMD EPYC, one core.*got those of 'Intel Xeon Gold'"):
+        calibrate(out, "cpu-local", sheet)
+    assert sheet.read_text() == head
+    save_measurements(out, Environment(device="AMD EPYC", kind="cpu"), rows)
+    calibrate(out, "cpu-local", sheet, draws=2)
+    assert load_hardware(sheet).has_own_kernels
 
 
 def test_lines_that_could_not_be_read_are_named() -> None:
