@@ -24,13 +24,15 @@ from longcat_sim.specs.hardware import HardwareSpec
 from longcat_sim.specs.loading import validate
 
 REMEDY = "restore the section"
+Variant = Literal["", "low_latency", "normal"]
+"""Kernels of one kind that have tables of their own."""
 
 
 class _Curve(Part):
     """A table of one kind, variant and number of ranks."""
 
     kind: str
-    variant: Literal["", "low_latency", "normal"]
+    variant: Variant
     ranks: PositiveInt
     source: NonNegativeInt
     """Which of the section's ``sources``, from 0 on."""

@@ -30,6 +30,10 @@ def run(
     for kind, dtype, variant, split, mape, coverage, count in error_table(times):
         covers = "" if coverage is None else f"{coverage:.0%}"
         print(f"{kind + (' ' + variant if variant else ''):18} {dtype:6} {split:20} {mape:7.1%} {covers:>12} {count:7}")
+    if times.collectives_ is not None:
+        curves = times.collectives_.curves_
+        kinds, ranks = (sorted({getattr(curve, name) for curve in curves}) for name in ("kind", "ranks"))
+        print(f"collectives: {', '.join(kinds)} over {', '.join(map(str, ranks))} ranks")
     for reason, count in times.provenance.get("left_out", {}).items():
         print(f"left out: {count} rows of {reason}")
     beside = times.provenance.get("contention")

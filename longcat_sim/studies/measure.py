@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from longcat_sim.calibration import OpTimes, write_fit
-from longcat_sim.calibration.collective_file import read_collectives
+from longcat_sim.calibration.collective_file import Variant, read_collectives
+from longcat_sim.calibration.collectives import CollectiveTimes
+from longcat_sim.calibration.importers.exchange import Point
 from longcat_sim.errors import SpecError
 from longcat_sim.records.files import check_outputs, write_text
-from longcat_sim.records.measurement import Environment, load_measurements
+from longcat_sim.records.measurement import Environment, Measurements, load_measurements
 from longcat_sim.specs.hardware import ONE_CORE, HardwareSpec, hardware_names, load_hardware, profile_folders
 from longcat_sim.studies.beside import slowdowns, summary
 
@@ -22,7 +26,8 @@ def calibrate(measurements: Path, name: str, out: Path | None = None, *, draws: 
     """Fit a measurement file and write the fit into a hardware profile; return the fitted times.
 
     The data sheet is that of ``out``, or of the packaged profile ``name``; for a new name it is measured, which needs
-    the machine that the file is of.
+    the machine that the file is of. A profile keeps its laws where the file holds no ops but collectives, and its
+    collectives where it holds none.
 
     Raises:
         MeasurementError: the file cannot be used, or a kind has too few points.
@@ -33,16 +38,58 @@ def calibrate(measurements: Path, name: str, out: Path | None = None, *, draws: 
     check_outputs(files={"--out": target})
     rows = load_measurements(measurements)
     hardware = _sheet(name, target, rows.environment)
-    times = OpTimes.fit(rows, hardware, draws=draws, seed=seed)
+    collectives, left_out = measured_collectives(rows, hardware)
+    if collectives is not None and hardware.fit and all(row.is_contention or row.op.is_collective for row in rows):
+        times = OpTimes.from_hardware(hardware)
+    else:
+        times = OpTimes.fit(rows, hardware, draws=draws, seed=seed)
+    times.collectives_ = collectives or read_collectives(hardware)
     times.provenance = {
         "measured_on": rows.environment.device, "date": rows.environment.date,
         "libraries": dict(rows.environment.libraries), **times.provenance,
     }  # fmt: skip
+    if left_out:
+        times.provenance["left_out"] = {**times.provenance.get("left_out", {}), **left_out}
     together = slowdowns(rows, times, hardware, own_cores=rows.environment.kind == "cpu")
     if together:
         times.provenance["contention"] = summary(together)
     write_fit(target, times.to_fit())
     return times
+
+
+def measured_collectives(rows: Measurements, hardware: HardwareSpec) -> tuple[CollectiveTimes | None, dict[str, int]]:
+    """Return the times of collectives that were measured alone (None: of none), and how many rows were left out, by
+    why.
+
+    Those between processes of a CPU are: nobody knows how they share its cores, and they repeat within no 5 %.
+    """
+    left_out: Counter[str] = Counter()
+    points: dict[tuple[str, float], list[Point]] = defaultdict(list)
+    source = f"profile on {rows.environment.device}, {rows.environment.date[:10]}"
+    for row in rows:
+        if row.is_contention:
+            left_out.update([f"{row.suite} (nothing is fitted to it)"] if row.suite != "contention" else [])
+        if row.is_contention or not row.op.is_collective:
+            continue
+        name, ranks = " ".join(filter(None, (row.op.kind, row.op.variant))), row.op["ranks"]
+        domain = hardware.scale_up.domain_size if hardware.scale_up else 1
+        link = "scale_up" if ranks <= domain else "scale_out"
+        if rows.environment.kind == "cpu":
+            left_out["collectives (between processes of a CPU, not between devices)"] += 1
+        elif row.op.variant not in get_args(Variant):
+            left_out[f"{name} (tables hold none of that variant)"] += 1
+        elif getattr(hardware, link) is None:
+            left_out[f"collectives over {ranks:g} ranks (the data sheet has no {link})"] += 1
+        else:
+            point = Point(row.op.kind, row.op.variant, int(ranks), row.op.message_bytes, row.median_s, source)
+            points[name, ranks].append(point)
+    for (name, ranks), found in list(points.items()):
+        if len({point.bytes for point in found}) < 2:  # one size says nothing of the next
+            left_out[f"{name} over {ranks:g} ranks (1 size, a table needs 2)"] += len(points.pop((name, ranks)))
+    if not points:
+        return None, dict(left_out)
+    times = CollectiveTimes.fit([point for found in points.values() for point in found], hardware)
+    return replace(times, kernel_gap_s=0.0), dict(left_out)  # what `profile` measured holds the gaps
 
 
 def calibrate_published(records: Path, name: str, tables: Path | None = None) -> OpTimes:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from longcat_sim.calibration import OpTimes
 from longcat_sim.calibration.roofline import Roofline
 from longcat_sim.errors import MeasurementError, SpecError
 from longcat_sim.ops import op
@@ -28,7 +30,7 @@ from longcat_sim.records.measurement import (
 from longcat_sim.specs.hardware import load_hardware
 from longcat_sim.specs.model import model_spec
 from longcat_sim.studies.beside import rate_beside, slowdowns, summary
-from longcat_sim.studies.measure import calibrate, card_of
+from longcat_sim.studies.measure import calibrate, card_of, measured_collectives
 
 TINY = model_spec("longcat-tiny")
 CPU = Place(torch.device("cpu"), torch.float32)
@@ -155,6 +157,79 @@ def test_the_fit_of_a_cpu_does_not_go_into_the_profile_of_another_cpu(tmp_path: 
     save_measurements(out, Environment(device="AMD EPYC", kind="cpu"), rows)
     calibrate(out, "cpu-local", sheet, draws=2)
     assert load_hardware(sheet).has_own_kernels
+
+
+@pytest.fixture
+def h100(tmp_path: Path) -> Path:
+    """A file of an H100: products, collectives over 2 and 16 ranks, an uneven one, one size alone, a pair."""
+
+    def row(item: Op, seconds: float, suite: str, alongside: Op | None = None) -> Measurement:
+        return Measurement(
+            op=item, median_s=seconds, p10_s=seconds, p90_s=seconds, count=3, suite=suite, alongside=alongside
+        )
+
+    def shared(kind: str, size: float, ranks: int, variant: str = "") -> Op:
+        return op(kind, dtype="fp32", variant=variant, message_bytes=size, ranks=ranks)
+
+    gemms = [row(op("gemm", m=m, n=4096, k=4096), 1e-5 * (1 + m / 64), "decode") for m in (1, 4, 16, 64, 256)]
+    found = [
+        row(shared("all_reduce", size, ranks), 2e-5 + size / 1e11, "collectives")
+        for ranks in (2, 16) for size in (2.0**14, 2.0**20, 2.0**24)
+    ]  # fmt: skip
+    found += [row(shared("all_to_all", size, 2, "uneven"), 3e-5, "collectives") for size in (2.0**14, 2.0**20)]
+    found += [row(shared("all_gather", 2.0**14, 2), 3e-5, "collectives")]
+    found += [row(gemms[0].op, 9e-5, "contention between ranks", found[0].op)]
+    environment = Environment(device="NVIDIA H100 80GB HBM3", kind="cuda", date="2026-01-02T03:04:05+00:00")
+    save_measurements(tmp_path / "ops.jsonl", environment, gemms)
+    save_measurements(tmp_path / "collectives.jsonl", environment, found)
+    save_measurements(tmp_path / "all.jsonl", environment, [*gemms, *found])
+    return tmp_path
+
+
+def test_measured_collectives_reach_the_profile_and_what_does_not_is_counted(h100: Path) -> None:
+    if not Path("hardware_profiles/h100-sxm.yaml").exists():
+        pytest.skip("not run from the repository")
+    calibrate(h100 / "all.jsonl", "mine", h100 / "mine.yaml", draws=2)
+    times = OpTimes.from_hardware(load_hardware(h100 / "mine.yaml"))
+    asked = op("all_reduce", message_bytes=2.0**20, ranks=2)
+    assert times.seconds(asked) == pytest.approx(2e-5 + 2**20 / 1e11, abs=1e-8)  # us to two digits
+    assert times.tag(asked) == "measured"
+    assert times.collectives_.kernel_gap_s == 0.0
+    assert times.provenance["left_out"] == {
+        "all_to_all uneven (tables hold none of that variant)": 2,
+        "all_gather over 2 ranks (1 size, a table needs 2)": 1,
+        "contention between ranks (nothing is fitted to it)": 1,
+    }
+
+
+def test_a_file_of_collectives_alone_leaves_the_laws_and_one_without_leaves_the_collectives(h100: Path) -> None:
+    if not Path("hardware_profiles/h100-sxm.yaml").exists():
+        pytest.skip("not run from the repository")
+    mine = h100 / "mine.yaml"
+    with pytest.raises(MeasurementError, match="expected measurements of ops alone; got none"):
+        calibrate(h100 / "collectives.jsonl", "mine", mine)
+    calibrate(h100 / "ops.jsonl", "mine", mine, draws=2)
+    before = load_hardware(mine).fit["laws"]
+    calibrate(h100 / "collectives.jsonl", "mine", mine)
+    fit = load_hardware(mine).fit
+    assert fit["laws"] == before
+    assert {(row["kind"], row["ranks"]) for row in fit["collectives"]["curves"]} == {
+        ("all_reduce", 2), ("all_reduce", 16)
+    }  # fmt: skip
+    calibrate(h100 / "ops.jsonl", "mine", mine, draws=2)
+    assert load_hardware(mine).fit["collectives"] == fit["collectives"]
+
+
+def test_collectives_need_their_link_in_the_data_sheet_and_devices_to_run_between(h100: Path) -> None:
+    rows = load_measurements(h100 / "collectives.jsonl")
+    hardware = load_hardware("h100-sxm")
+    times, left_out = measured_collectives(rows, hardware.model_copy(update={"scale_out": None}))
+    assert {curve.ranks for curve in times.curves_} == {2}
+    assert left_out["collectives over 16 ranks (the data sheet has no scale_out)"] == 3
+    here = replace(rows, environment=replace(rows.environment, kind="cpu"))
+    times, left_out = measured_collectives(here, hardware)
+    assert times is None
+    assert left_out["collectives (between processes of a CPU, not between devices)"] == 9
 
 
 def test_lines_that_could_not_be_read_are_named() -> None:
