@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -25,7 +26,7 @@ from longcat_sim.calibration.collectives import CollectiveTimes
 from longcat_sim.calibration.fitted import LEVELS, FittedLaw
 from longcat_sim.calibration.laws import LAWS, Device
 from longcat_sim.calibration.weights import num_weights
-from longcat_sim.errors import MeasurementError, SpecError
+from longcat_sim.errors import MeasurementError, SpecError, UserError
 from longcat_sim.ops.op import ITEM_BYTES, FloatArray
 from longcat_sim.records.files import write_text
 from longcat_sim.specs.base import Part
@@ -266,7 +267,8 @@ def write_fit(hardware_path: str | Path, fit: Mapping[str, Any]) -> None:
     """Replace the ``fit:`` section of a profile; the data sheet above it stays as it was, to the character.
 
     Raises:
-        SpecError: the profile cannot be read.
+        SpecError: there is no such profile.
+        MeasurementError: the profile with this fit could not be read; the old one stays.
     """
     path = Path(hardware_path)
     if not path.exists():
@@ -276,5 +278,13 @@ def write_fit(hardware_path: str | Path, fit: Mapping[str, Any]) -> None:
     end = next((i for i in range(start + 1, len(lines)) if lines[i][:1] not in ("", " ", "#", "-")), len(lines))
     body = yaml.dump({"fit": dict(fit)}, Dumper=_Wide, sort_keys=False, width=118, allow_unicode=True)
     text = "\n".join([*lines[:start], *body.splitlines(), *lines[end:]]) + "\n"
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / path.name
+        write_text(draft, text)
+        try:
+            read_fit(load_hardware(draft))
+        except UserError as error:
+            raise MeasurementError(
+                [*error.faults, f"{path}: left as it was: with the new fit it cannot be read"]
+            ) from None
     write_text(path, text)
-    load_hardware(path)

@@ -124,6 +124,8 @@ def neighbour_correlation(coordinates: tuple[FloatArray, ...], residual: FloatAr
     points = logs(tuple(c[rows] for c in coordinates))
     index = cKDTree(points).query(points, k=2)[1][:, 1]
     ranks = np.argsort(np.argsort(residual[rows])).astype(float)
+    if np.ptp(ranks[index]) == 0:  # sizes that were measured again and again: all have one neighbour
+        return 0.0
     return float(np.clip(np.corrcoef(ranks, ranks[index])[0, 1], 0.0, 1.0))
 
 

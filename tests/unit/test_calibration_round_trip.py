@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from longcat_sim.calibration import OpTimes, write_fit
+from longcat_sim.calibration.fit_file import SCHEMA
+from longcat_sim.calibration.splits import neighbour_correlation
+from longcat_sim.errors import MeasurementError
 from longcat_sim.ops.op import op
 from longcat_sim.records.measurement import Measurement
 from longcat_sim.specs.hardware import load_hardware
@@ -39,3 +42,23 @@ def test_written_and_read_back(tmp_path: Path) -> None:
     read = OpTimes.from_hardware(load_hardware(path))
     for row in rows:
         assert read.seconds(row.op) == pytest.approx(fitted.seconds(row.op), rel=0.011)  # half a step of 0.01, twice
+
+
+def test_a_fit_that_cannot_be_read_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(SHEET)
+    write_fit(path, OpTimes(load_hardware(path), {}).to_fit())
+    before = path.read_bytes()
+    law = {"kind": "gemm", "dtype": "fp32", "correlation": float("nan")}
+    with pytest.raises(
+        MeasurementError, match=r"(?s)mine.yaml: fit: laws: gemm fp32: correlation: .*got nan.*as it was"
+    ):
+        write_fit(path, {"schema": SCHEMA, "laws": [law]})
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_points_that_all_have_one_neighbour_are_not_said_to_be_alike() -> None:
+    """Of a constant numpy finds a correlation of NaN, which a profile may not hold."""
+    sizes = tuple(np.full(12, size) for size in (8.0, 64.0, 64.0))
+    assert neighbour_correlation(sizes, np.linspace(-0.1, 0.1, 12)) == 0.0
