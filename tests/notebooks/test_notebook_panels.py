@@ -154,6 +154,27 @@ def test_saved_run_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monkey
     assert out_folder() == tmp_path
 
 
+def test_an_interrupted_quickstart_leaves_no_mixture_with_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longcat_sim.studies.quickstart import run
+
+    sheet = saved(tmp_path).joinpath("cpu-local.yaml").read_text().partition("\nfit:\n")[0] + "\n"
+    (tmp_path / "cpu-local.yaml").write_text(sheet)
+    with pytest.raises(UserError, match=r"cpu-local\.yaml: expected a fit; got a data sheet alone"):
+        load_run(tmp_path)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "cuda-local.yaml").write_text(sheet)
+    (tmp_path / "report.html").touch()
+    monkeypatch.setattr(run, "write_this_machine", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run.quickstart(tmp_path, device="cpu")
+    assert {path.name for path in tmp_path.iterdir()} == {"measurements.jsonl"}
+
+
 def test_fit_of_sizes_that_nearly_agree_reads_back(tmp_path: Path) -> None:
     # expected active experts approach all of them: 63.9999999 and 64 must not become two equal knots in a file
     hardware = ls.load_hardware("h100-sxm")

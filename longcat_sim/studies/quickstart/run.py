@@ -34,6 +34,8 @@ STAGES = ("measure", "fit", "steps", "ranks", "simulate", "serve", "report")
 SHARES = (0.0, 0.37, 0.39, 0.54, 0.89, 0.92, 0.98)
 """Where each stage starts on the progress bar, by its usual time."""
 PROFILE_BUDGET_S = 50.0
+PROFILES = {"cuda": "cuda-local", "cpu": LOCAL}
+"""Name of the hardware profile by sort of device."""
 
 
 @dataclass
@@ -69,7 +71,7 @@ def quickstart(out: Path, *, device: str = "auto", progress: Progress | None = N
     """Measure this machine, fit, check, simulate LongCat-Flash on 128 H800, serve an hour, price; write a report.
 
     Files appear in ``out`` one whole file at a time: measurements.jsonl, the hardware profile, summary.json,
-    report.html.
+    report.html. Those of an earlier run go first, so that an interrupted one leaves no mixture of two.
 
     Raises:
         UserError: a device that this machine does not have, or a folder that cannot be written.
@@ -92,7 +94,9 @@ def quickstart(out: Path, *, device: str = "auto", progress: Progress | None = N
     place = pick_device(device)
     check_outputs(folders={"--out": out})
     out.mkdir(parents=True, exist_ok=True)
-    name = LOCAL if place.type == "cpu" else "cuda-local"
+    for earlier in ("summary.json", "report.html", *(f"{name}.yaml" for name in PROFILES.values())):
+        (out / earlier).unlink(missing_ok=True)
+    name = PROFILES[place.type]
     tell(0, "describing this machine")
     write_this_machine(name, out / f"{name}.yaml")
     measured = profile(

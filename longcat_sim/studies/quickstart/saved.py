@@ -14,7 +14,7 @@ from longcat_sim.errors import UserError
 from longcat_sim.records.measurement import Measurements, load_measurements
 from longcat_sim.specs.hardware import load_hardware
 from longcat_sim.studies.quickstart.report import ops_figure, sections_figure
-from longcat_sim.studies.quickstart.run import Progress, quickstart
+from longcat_sim.studies.quickstart.run import PROFILES, Progress, quickstart
 from longcat_sim.studies.validate.section import Row, Section
 
 FOLDER_VARIABLE = "LONGCAT_SIM_OUT"
@@ -76,10 +76,10 @@ def load_run(folder: Path) -> SavedRun:
     """Return the quickstart in ``folder``.
 
     Raises:
-        UserError: no run there, or one of another version.
+        UserError: no run there, one that did not end, or one of another version.
     """
     advice = "delete the folder and run `python -m longcat_sim quickstart` again"
-    profiles = [folder / f"{name}.yaml" for name in ("cuda-local", "cpu-local") if (folder / f"{name}.yaml").exists()]
+    profiles = [folder / f"{name}.yaml" for name in PROFILES.values() if (folder / f"{name}.yaml").exists()]
     missing = [name for name in FILES if not (folder / name).exists()] + ([] if profiles else ["a hardware profile"])
     if missing:
         raise UserError(f"{folder}: expected a finished quickstart; it lacks {', '.join(missing)}; {advice}")
@@ -90,7 +90,10 @@ def load_run(folder: Path) -> SavedRun:
         raise UserError(
             f"{folder / 'summary.json'}: expected a summary of this version; got {error!r}; {advice}"
         ) from None
-    times = OpTimes.from_hardware(load_hardware(profiles[0]))
+    hardware = load_hardware(profiles[0])
+    if not hardware.fit:
+        raise UserError(f"{profiles[0]}: expected a fit; got a data sheet alone, of a run that did not end; {advice}")
+    times = OpTimes.from_hardware(hardware)
     return SavedRun(folder, sections, load_measurements(folder / "measurements.jsonl"), times, summary)
 
 
