@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from longcat_sim.errors import MeasurementError
+from longcat_sim.records.files import atomic
+
+UNREADABLE = (OSError, KeyError, TypeError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What numpy raises for files that are cut short, damaged, or hold other arrays."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +96,15 @@ class RoutingTrace:
         return loads.max(1) / np.maximum(loads.mean(1), 1e-300)
 
     def save(self, path: Path) -> None:
-        """Write the trace as a compressed ``.npz``."""
-        np.savez_compressed(
-            path,
-            experts=self.experts,
-            n_routed_experts=self.n_routed_experts,
-            zero_expert_num=self.zero_expert_num,
-            note=self.note,
-        )
+        """Write the trace as a compressed ``.npz`` under just this name, whole or not at all."""
+        with atomic(path, binary=True) as file:
+            np.savez_compressed(
+                file,
+                experts=self.experts,
+                n_routed_experts=self.n_routed_experts,
+                zero_expert_num=self.zero_expert_num,
+                note=self.note,
+            )
 
     @classmethod
     def load(cls, path: Path) -> RoutingTrace:
@@ -114,9 +121,9 @@ class RoutingTrace:
                     int(kept["zero_expert_num"]),
                     str(kept["note"]),
                 )
-        except (OSError, KeyError, ValueError, EOFError) as error:
-            if isinstance(error, MeasurementError):
-                raise
+        except MeasurementError:
+            raise
+        except UNREADABLE as error:
             raise MeasurementError(
                 f"{path}: expected a routing trace (.npz, written by RoutingTrace.save); {error}"
             ) from None

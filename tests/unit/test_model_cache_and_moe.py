@@ -152,13 +152,35 @@ def test_routing_trace_round_trip(tmp_path):
     assert (again.n_routed_experts, again.zero_expert_num) == (16, 8)
     with pytest.raises(MeasurementError, match="16 % 5 = 1"):
         recorded.tokens_per_rank(5)
-    (tmp_path / "bad.npz").write_bytes(b"no")
-    with pytest.raises(MeasurementError, match="expected a routing trace"):
-        RoutingTrace.load(tmp_path / "bad.npz")
     with pytest.raises(MeasurementError, match=r"ids 0..23"):
         RoutingTrace(np.full((1, 1, 1), 24, dtype=np.int32), 16, 8)
     with model.record_routing() as trace, pytest.raises(ModelError, match="at least one pass"):
         trace()
+
+
+def test_a_damaged_routing_trace_is_no_routing_trace(tmp_path, monkeypatch):
+    recorded = RoutingTrace(np.arange(24, dtype=np.int32).reshape(2, 4, 3), 16, 8, "note")
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    recorded.save(good)
+    assert np.array_equal(RoutingTrace.load(good).experts, recorded.experts)  # under the very name it was saved under
+    whole = good.read_bytes()
+    np.savez(tmp_path / "vector.npz", experts=recorded.experts, n_routed_experts=[16, 16], zero_expert_num=8, note="")
+    np.save(tmp_path / "plain.npy", recorded.experts)
+    damaged = bytearray(whole)
+    damaged[whole.index(b"experts.npy") + 40] ^= 255  # within the packed array
+    others = ((tmp_path / name).read_bytes() for name in ("vector.npz", "plain.npy"))
+    for content in (b"", b"no", whole[:100], whole[: len(whole) // 2], whole[:-1], bytes(damaged), *others):
+        bad.write_bytes(content)
+        with pytest.raises(MeasurementError, match="bad: expected a routing trace"):
+            RoutingTrace.load(bad)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        RoutingTrace(recorded.experts[:1], 16, 8).save(good)
+    assert good.read_bytes() == whole
 
 
 def test_wrong_tokens_and_models():
