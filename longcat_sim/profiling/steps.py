@@ -131,7 +131,7 @@ def _step(name: str, point: Point, rounds: list[list[float]], load: tuple[float,
     p10, median, p90 = Samples(rounds).quantiles()
     decode = phase == "decode"
     return StepMeasurement(
-        model=name, phase=phase, sequences=sequences, queries=1 if decode else size,
+        model=name, phase="decode" if decode else "prefill", sequences=sequences, queries=1 if decode else size,
         context=size + 1 if decode else size, median_s=median, p10_s=p10, p90_s=p90,
         count=sum(map(len, rounds)), block_s=tuple(float(np.quantile(part, 0.1)) for part in rounds),
         received=load[0], active=load[1],

@@ -10,18 +10,35 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from longcat_sim.errors import MeasurementError
-from longcat_sim.ops.op import KINDS, Op, op
+from longcat_sim.ops.op import Op, op
 from longcat_sim.records.files import write_text
 
 SCHEMA = 1
 MAX_CORRUPT_SHARE = 0.05
 UNSTABLE_SPREAD = 0.25
 """A point whose (p90 - p10) / median stays above this is marked unstable."""
+
+CHECKED = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+"""What is read from a file: nothing is taken for something else, and nothing is passed over."""
+Blocks = Annotated[tuple[PositiveFloat, ...], Field(strict=False)]
+"""JSON has lists only."""
 
 
 def block_drift(block_s: Sequence[float]) -> float:
@@ -30,18 +47,38 @@ def block_drift(block_s: Sequence[float]) -> float:
     return statistics.median(pairs) if pairs else 0.0
 
 
+def _check_times(row: Measurement | StepMeasurement) -> None:
+    """Refuse times that cannot be.
+
+    Raises:
+        ValueError: NaN, infinite, zero or negative times, or p10 > median > p90.
+    """
+    for name in ("p10_s", "median_s", "p90_s"):
+        value = getattr(row, name)
+        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}: expected a time above 0, such as 1.2e-5; got {value!r}; measure it again")
+    if not row.p10_s <= row.median_s <= row.p90_s:
+        raise ValueError(
+            f"expected p10_s <= median_s <= p90_s; got {row.p10_s:g}, {row.median_s:g}, {row.p90_s:g}; "
+            "measure the point again"
+        )
+    if row.count < 1:
+        raise ValueError(f"count: expected 1 or more; got {row.count}; measure the point again")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Environment:
     """The machine that was measured, and with what."""
 
+    __pydantic_config__ = CHECKED
     device: str
     """Name of the device, such as ``NVIDIA H100 80GB HBM3`` or the CPU's model name."""
     kind: str
     """``cpu`` or ``cuda``; ``table`` when the figures were read from a published table."""
-    threads: int = 1
+    threads: PositiveInt = 1
     libraries: Mapping[str, str] = field(default_factory=dict)
     """Library -> version."""
-    clock_mhz: float | None = None
+    clock_mhz: PositiveFloat | None = None
     """SM or core clock while measuring, if it can be read."""
     commit: str = ""
     """Commit of this package, if it runs from a checkout."""
@@ -73,22 +110,8 @@ class Measurement:
     """The table the figure comes from; empty for our own."""
 
     def __post_init__(self) -> None:
-        """Refuse times that cannot be.
-
-        Raises:
-            ValueError: NaN, infinite, zero or negative times, or p10 > median > p90.
-        """
-        for name in ("p10_s", "median_s", "p90_s"):
-            value = getattr(self, name)
-            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: expected a time above 0, such as 1.2e-5; got {value!r}; measure it again")
-        if not self.p10_s <= self.median_s <= self.p90_s:
-            raise ValueError(
-                f"expected p10_s <= median_s <= p90_s; got {self.p10_s:g}, {self.median_s:g}, {self.p90_s:g}; "
-                "measure the point again"
-            )
-        if self.count < 1:
-            raise ValueError(f"count: expected 1 or more; got {self.count}; measure the point again")
+        """Refuse times that cannot be."""
+        _check_times(self)
 
     @property
     def is_contention(self) -> bool:
@@ -110,36 +133,44 @@ class Measurement:
 class StepMeasurement:
     """The time of one whole step of the executable model; never fitted, only compared with a prediction."""
 
+    __pydantic_config__ = CHECKED
     model: str
-    phase: str
-    """``decode`` or ``prefill``."""
-    sequences: int
-    queries: int
+    phase: Literal["decode", "prefill"]
+    sequences: PositiveInt
+    queries: PositiveInt
     """New tokens per sequence."""
-    context: int
+    context: PositiveInt
     """Positions that the last of them sees."""
     median_s: float
     p10_s: float
     p90_s: float
     count: int
-    block_s: tuple[float, ...] = ()
-    received: float = 0.0
+    block_s: Blocks = ()
+    received: NonNegativeFloat = 0.0
     """Mean token copies that FFN experts of one layer got."""
-    active: float = 0.0
+    active: NonNegativeFloat = 0.0
     """Mean FFN experts of one layer that got any."""
     overlap: str = ""
     """Schedule of a step whose exchanges loop back on the device, without the output projection; "": none run."""
-    exchange_s: float = 0.0
+    exchange_s: NonNegativeFloat = 0.0
     """Time of one of its exchanges alone."""
-    exchange_bytes: float = 0.0
+    exchange_bytes: NonNegativeFloat = 0.0
     """Bytes of the rows that one exchange moves."""
-    exchange_sms: int = 0
+    exchange_sms: NonNegativeInt = 0
     """SMs that copy them; 0: time passes, and no SM is busy."""
+
+    def __post_init__(self) -> None:
+        """Refuse times that cannot be."""
+        _check_times(self)
 
     @property
     def drift(self) -> float:
         """Median difference between the p10 of two blocks: what the machine does from block to block."""
         return block_drift(self.block_s)
+
+
+ENVIRONMENT, STEP = TypeAdapter(Environment), TypeAdapter(StepMeasurement)
+"""Readers of JSON text: to strict readers of Python a mapping is neither."""
 
 
 @dataclass(frozen=True)
@@ -172,12 +203,6 @@ def _op_to_json(item: Op) -> dict[str, Any]:
     return {"kind": item.kind, "dtype": item.dtype, "variant": item.variant, "dims": item.dims}
 
 
-def _op_from_json(document: Mapping[str, Any]) -> Op:
-    if document["kind"] not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(KINDS)}; got {document['kind']!r}")
-    return op(document["kind"], dtype=document["dtype"], variant=document.get("variant", ""), **document["dims"])
-
-
 def to_json(measurement: Measurement) -> dict[str, Any]:
     """Return one measurement as a JSON object, seconds in every key."""
     document = {
@@ -200,31 +225,56 @@ def to_json(measurement: Measurement) -> dict[str, Any]:
     return document
 
 
+class _Op(BaseModel):
+    """An op as it stands in the file."""
+
+    model_config = CHECKED
+    kind: str
+    dtype: str
+    variant: str = ""
+    dims: dict[str, float]
+
+    def op(self) -> Op:
+        """Return the op.
+
+        Raises:
+            ValueError: no such kind or dtype, or other sizes than it has.
+        """
+        try:
+            return op(self.kind, dtype=self.dtype, variant=self.variant, **self.dims)
+        except TypeError:
+            raise ValueError(f"dims: expected sizes only; got {', '.join(self.dims)}") from None
+
+
+class _Row(_Op):
+    """A measurement as it stands in the file."""
+
+    median_s: float
+    p10_s: float
+    p90_s: float
+    count: int
+    spread: float = 0.0
+    """For a person who reads the file; found again from the times."""
+    stable: bool = True
+    suite: str = ""
+    alongside: _Op | None = None
+    overlapped: Annotated[float, Field(gt=0, le=1)] = 1.0
+    block_s: Blocks = ()
+    source: str = ""
+
+
 def from_json(document: Mapping[str, Any]) -> Measurement:
     """Return the measurement of a JSON object.
 
     Raises:
-        ValueError: a key is missing, or a value cannot be.
+        ValueError: a key is missing or unknown, or a value cannot be.
     """
-    try:
-        beside = document.get("alongside")
-        return Measurement(
-            op=_op_from_json(document),
-            median_s=document["median_s"],
-            p10_s=document["p10_s"],
-            p90_s=document["p90_s"],
-            count=document["count"],
-            suite=document.get("suite", ""),
-            stable=document.get("stable", True),
-            alongside=None if beside is None else _op_from_json(beside),
-            overlapped=document.get("overlapped", 1.0),
-            block_s=tuple(document.get("block_s", ())),
-            source=document.get("source", ""),
-        )
-    except KeyError as error:
-        raise ValueError(f"expected the key {error.args[0]!r}; it is missing") from None
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"expected a measurement; {error}") from None
+    row = _Row.model_validate(document)
+    return Measurement(
+        op=row.op(), median_s=row.median_s, p10_s=row.p10_s, p90_s=row.p90_s, count=row.count, suite=row.suite,
+        stable=row.stable, alongside=None if row.alongside is None else row.alongside.op(), overlapped=row.overlapped,
+        block_s=row.block_s, source=row.source,
+    )  # fmt: skip
 
 
 def save_measurements(
@@ -240,11 +290,23 @@ def save_measurements(
     write_text(Path(path), "\n".join(lines) + "\n")
 
 
-def _step(document: Any) -> StepMeasurement:
-    try:
-        return StepMeasurement(**{**document, "block_s": tuple(document.get("block_s", ()))})
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"step: expected a step measurement; {error}") from None
+def _said(error: ValueError) -> str:
+    """Return what is wrong with a line, in a sentence."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    faults = []
+    for fault in error.errors(include_url=False, include_context=False):
+        match fault["type"]:
+            case "value_error":
+                says = fault["msg"].removeprefix("Value error, ")
+            case "extra_forbidden" | "unexpected_keyword_argument":
+                says = "expected no such key; remove it"
+            case "missing" | "missing_argument" | "missing_keyword_only_argument":
+                says = "expected this key; it is missing"
+            case _:
+                says = f"{fault['msg'].replace('Input should be', 'expected')}; got {fault['input']!r}"
+        faults.append(": ".join(filter(None, (".".join(map(str, fault["loc"])), says))))
+    return "; ".join(faults)
 
 
 def _environment(head: Any, name: str, line: int) -> Environment:
@@ -253,11 +315,10 @@ def _environment(head: Any, name: str, line: int) -> Environment:
             f"{name}:{line}: schema: expected {SCHEMA}; got {head.get('schema')!r}; "
             "measure again with this version's `profile`"
         )
-    found = head["environment"]
-    known = {item.name for item in fields(Environment)}
-    if not isinstance(found, dict) or not {"device", "kind"} <= set(found):
-        raise MeasurementError(f"{name}:{line}: environment: expected device and kind; got {found!r}; measure again")
-    return Environment(**{key: value for key, value in found.items() if key in known})
+    try:
+        return ENVIRONMENT.validate_json(json.dumps(head["environment"]))
+    except ValueError as error:
+        raise MeasurementError(f"{name}:{line}: environment: {_said(error)}; measure again") from None
 
 
 def load_measurements(path: str | Path) -> Measurements:
@@ -294,15 +355,15 @@ def load_measurements(path: str | Path) -> Measurements:
                     )
                 environment = environment or found
             elif "step" in document:
-                steps.append(_step(document["step"]))
+                steps.append(STEP.validate_json(json.dumps(document["step"])))
             else:
                 rows.append(from_json(document))
-        except json.JSONDecodeError as error:
-            skipped.append((number, f"not JSON: {error.msg}"))
+        except (json.JSONDecodeError, RecursionError) as error:
+            skipped.append((number, f"not JSON: {error}"))
         except MeasurementError:
             raise
         except ValueError as error:
-            skipped.append((number, str(error)))
+            skipped.append((number, _said(error)))
     total = len(rows) + len(steps) + len(skipped)
     if skipped and len(skipped) > MAX_CORRUPT_SHARE * total:
         shown = [f"{path.name}:{number}: {reason}" for number, reason in skipped[:10]]
