@@ -28,6 +28,8 @@ from longcat_sim.specs.hardware import HardwareSpec
 
 MIN_POINTS = 5
 """Fewest points of one kind, dtype and variant that a law can be fitted to."""
+LINK_DRAWS = 100
+"""Draws from which the interval of a collective is found: to 7 % of its width."""
 PASSES: dict[str, Callable[[Mapping[str, Any]], tuple[Any, ...]]] = {
     "norm": lambda d: (d["rows"], d["width"], 1.0),
     "permute": lambda d: (d["rows"], d["width"], 1.0),
@@ -213,12 +215,17 @@ class OpTimes:
         return worst_tag([answer.best, answer.law.tags(point)[0]])
 
     def interval(self, op: Op, level: float = 0.9) -> tuple[float, float]:
-        """Return the interval that holds the measured time with probability ``level``, by held-out residuals."""
+        """Return the interval that holds the measured time with probability ``level``: by held-out residuals, and of a
+        collective by its draws."""
         from scipy.special import ndtri
 
-        answer = self.answer((op.kind, op.dtype, op.variant))
+        is_collective = KINDS[op.kind].is_collective
+        answer = None if is_collective else self.answer((op.kind, op.dtype, op.variant))
         seconds = self.seconds(op)
         low, high, spread = 0.0, 0.0, SHEET_ERROR
+        if is_collective and seconds > 0:
+            drawn = [self.links.draw(index).seconds(op) for index in range(LINK_DRAWS)]
+            spread = float(np.sqrt(np.mean(np.log(np.array(drawn) / seconds) ** 2)))
         if answer is not None:
             point = tuple(np.atleast_1d(np.asarray(part, dtype=float)) for part in answer.reduce(op.dims))
             tag = "extrapolated" if answer.is_far else answer.law.tags(point)[0]

@@ -8,11 +8,13 @@ import pytest
 from longcat_sim.calibration.collective_curves import Curve
 from longcat_sim.calibration.collective_file import read_collectives
 from longcat_sim.calibration.collectives import (
+    BORROWED_SPREAD,
     CARRIED_SPREAD,
     EXTRAPOLATED_SPREAD,
     NCCL_KINDS,
     NCCL_SHEET_SPREAD,
     SHEET_SPREAD,
+    SPREAD,
     CollectiveTimes,
 )
 from longcat_sim.calibration.op_times import OpTimes
@@ -122,6 +124,28 @@ def test_an_exchange_that_was_not_measured_has_a_wider_interval() -> None:
     # a link that is an octave faster than the measured one counts as beyond, a tenth faster a seventh of that
     assert spread_of("h800-sxm", 128, {"hardware.scale_out.bandwidth": "100 GB/s"}) > 0.25
     assert spread_of("h800-sxm", 128, {"hardware.scale_out.bandwidth": "55 GB/s"}) < 0.14
+
+
+@pytest.mark.parametrize(
+    ("hardware", "kind", "variant", "spread"),
+    [
+        ("h800-sxm", "dispatch", "low_latency", BORROWED_SPREAD),  # an H200's empty message
+        ("h200-sxm", "all_reduce", "", SPREAD),
+        ("h800-sxm", "all_reduce", "", CARRIED_SPREAD[""]),  # an H100's
+        ("tpu-v7", "dispatch", "low_latency", SHEET_SPREAD),
+        ("tpu-v7", "all_reduce", "", NCCL_SHEET_SPREAD),
+    ],
+)
+def test_the_interval_of_a_collective_is_that_of_its_draws(
+    hardware: str, kind: str, variant: str, spread: float
+) -> None:
+    """It has no law, and asking for one was a KeyError."""
+    times = OpTimes.from_hardware(load_hardware(hardware))
+    asked = op(kind, variant=variant, message_bytes=2.0**22, ranks=8)
+    low, high = times.interval(asked)
+    assert low < times.seconds(asked) < high
+    assert np.log(high / low) / 2 == pytest.approx(1.645 * spread, rel=0.2)  # of 100 draws: 7 % is their own deviation
+    assert times.interval(op(kind, variant=variant, message_bytes=2.0**22, ranks=1)) == (0.0, 0.0)
 
 
 def test_dispatch_and_combine_of_a_data_sheet_miss_together() -> None:
