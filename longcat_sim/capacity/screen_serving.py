@@ -323,7 +323,7 @@ def _split(
                     },
                     **_figures(
                         traffic, first.usd_per_hour * num_prefill + second.usd_per_hour * num_decode, float(gpus), tpot,
-                        ttft + tpot * per_step, batch=batch, load=max(load, fill),
+                        ttft, batch=batch, load=max(load, fill),
                     ),
                 }
             )  # fmt: skip
