@@ -19,7 +19,7 @@ from typing import IO, Any
 from longcat_sim.errors import CapacityError, UserError
 from longcat_sim.specs.scenario import Scenario
 
-VERSION = 2
+VERSION = 3
 """Of the sweep file."""
 IN_FLIGHT = 256
 """Most chunks handed to an executor at a time: a sweep of a million points must not be a million futures."""

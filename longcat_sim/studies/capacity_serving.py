@@ -17,29 +17,17 @@ from longcat_sim.capacity.reasons import step_elasticities, time_goes_with
 from longcat_sim.capacity.screen import check_reachable, objective_of, pareto, tpot_limit_s
 from longcat_sim.capacity.screen_serving import ScreenedFleets, check_ttft_reachable, prompt_turns, screen_fleets
 from longcat_sim.capacity.search import kendall
-from longcat_sim.capacity.sweep import Progress, sweep
+from longcat_sim.capacity.sweep import Progress
 from longcat_sim.capacity.traffic import Traffic
 from longcat_sim.capacity.uncertainty import check_draws
 from longcat_sim.errors import CapacityError
 from longcat_sim.specs.scenario import Scenario
 from longcat_sim.studies.engines import StepFunction, budget_notes, pools_of
-from longcat_sim.studies.fleet_figures import (
-    assess_fleet,
-    fleet_size,
-    highest_rate,
-    is_met,
-    lasting,
-    simulate_fleet,
-    ttft_and_tpot_limits,
-)
+from longcat_sim.studies.fleet_figures import fleet_size, highest_rate, is_met, ttft_and_tpot_limits
+from longcat_sim.studies.fleet_search import MOST_SIMULATED, FleetSearch, is_exact
 from longcat_sim.studies.simulate import LEANING, leans_on
 
 FRONT = {"usd_per_million_output_tokens_all_in": 1, "tpot_s": 1, "ttft_s": 1}
-MOST_ASSESSED = 8
-"""Leading fleets whose probability is found before the search gives up."""
-MORE, MOST_SIMULATED = 4, 60
-"""Fleets simulated at once beyond the survivors, while a cheaper one than the best may keep the level; and in all.
-Assumed."""
 
 
 def _step_function(scenario: Scenario) -> StepFunction:
@@ -87,28 +75,16 @@ def serving_capacity(
     ranked = [int(i) for i in np.flatnonzero(within)[np.argsort(values[within], kind="stable")]]
     chosen = list(dict.fromkeys([*ranked[: search.survivors // 2], *front, *ranked]))[: search.survivors]
     began = time.perf_counter()
-    rows: list[Survivor] = []
-    winner = None
-    while chosen:
-        cases = [scenario.what_if(screened.changes[i]) for i in chosen]
-        points = sweep(cases, simulate_fleet, executor, store=store, progress=progress)
-        rows += [Survivor(i, screened.row(i), p.figures, p.faults) for i, p in zip(chosen, points, strict=True)]
-        _check_for_long(rows[-len(chosen) :], scenario, executor)
-        chosen = _next(rows, screened, ranked, values, scenario)
-        if not chosen:
-            winner = _choose(rows, scenario, executor)
-            if winner is None:
-                chosen = _next(rows, screened, ranked, values, scenario)
-            else:
-                chosen = _one_fewer(winner, rows, screened, ranked, scenario)
+    fleets = FleetSearch(scenario, screened, ranked, executor, store, progress)
+    winner, rows = fleets.run(chosen), fleets.rows
     if winner is None:
         raise _none_keeps_it(rows, scenario)
     best = scenario.what_if(screened.changes[winner.at])
     # simulated and over the level, or better than the winner and ruled out by what was: no reason against the winner
     failed = values < values[winner.at]
-    failed[[row.at for row in rows if not _keeps(row, scenario)]] = True
-    left = _without_spares(best, search.spare_replicas)
-    rate = highest_rate(left, executor, stay_s=winner.figure("stay_s", 0.0))
+    failed[[row.at for row in rows if fleets.has_failed(row)]] = True
+    relied_on = _without_spares(best, search.spare_replicas)
+    rate = highest_rate(relied_on, executor, stay_s=winner.figure("stay_s", 0.0))
     rate |= _fleet(best, search.spare_replicas)
     spent = time.perf_counter() - began
     rejected = Rejected()
@@ -132,17 +108,23 @@ def serving_capacity(
             *said,
             f"{share:.0%} of the winner's op time was not measured on its hardware at its sizes: its place may change",
         ]
-    unseen = len({int(i) for i in np.flatnonzero(within & (values < values[winner.at]))} - {row.at for row in rows})
-    if unseen:
+    cheaper = {int(i) for i in np.flatnonzero(within & (values < values[winner.at]))} - {row.at for row in rows}
+    left = len(fleets.better_than(winner))
+    if len(cheaper) > left:
         notes.append(
-            f"{unseen} cheaper fleets were not simulated: no larger than one of the same deployments that missed the "
-            "level, screened as slower than one, or beyond the runs of a search; more survivors simulate more"
+            f"{len(cheaper) - left} better fleets were not simulated: no larger than one of the same deployments that "
+            "missed the level, or with no larger a prefill pool than one whose first tokens were late"
+        )
+    if left:
+        notes.append(
+            f"{left} better fleets were not simulated, and one may keep the level: a search ends at {MOST_SIMULATED} "
+            "simulated fleets; search fewer deployments"
         )
     if scenario.draws == 1:
         notes.append("draws: 1 is a point estimate, without intervals or a probability; --set draws=16 gives both")
-    reasons = _why(screened, winner, rows, scenario, within & ~failed)
+    reasons = _why(screened, winner, fleets, within & ~failed)
     return CapacityResult(
-        scenario, winner, rows, [good[i].to_json() for i in shown], _binding(left, rate),
+        scenario, winner, rows, [good[i].to_json() for i in shown], _binding(relied_on, rate),
         reasons, dict(rejected.counts), rate, screened.looked_at, len(values),
         screened.wall_s, spent, 0.0, kendall(rows, objective), notes,
     )  # fmt: skip
@@ -203,113 +185,6 @@ def _binding(scenario: Scenario, rate: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _check_for_long(rows: list[Survivor], scenario: Scenario, executor: Executor | None) -> None:
-    """Give the fleets that keep their level in a short run the service of a long one."""
-    kept = [row for row in rows if row.figures is not None and is_met(row.figures, scenario)]
-    fleets = [scenario.what_if(row.screened["changes"]) for row in kept]
-    run = executor.map if executor is not None else map
-    for row, figures in zip(kept, run(lasting, fleets, [row.figures or {} for row in kept]), strict=True):
-        row.figures = figures
-
-
-def _next(
-    rows: list[Survivor], screened: ScreenedFleets, ranked: list[int], values: Any, scenario: Scenario
-) -> list[int]:
-    """Return the next fleets to simulate, none when the search is over.
-
-    Those that are better than the best so far and screened as faster than those that failed, the best first: the fluid
-    model only ranks, and without them the answer would be the best of the survivors. Where nothing keeps the level yet
-    and none of these is left, or the runs are nearly used up, the fastest. Never one of the deployments of one that
-    failed and no larger.
-    """
-    room = MOST_SIMULATED - len(rows)
-    kept = [values[row.at] for row in rows if _keeps(row, scenario)]
-    failed = [row for row in rows if row.figures is not None and not _keeps(row, scenario)]
-    columns = screened.columns
-    output = Traffic.of(scenario).output_tokens
-    times = {"ttft": columns["ttft_s"], "tpot": columns["tpot_s"], "load": columns["load"]}
-    times["e2e"] = columns["ttft_s"] + output * columns["tpot_s"]
-    likely = np.ones(len(values), dtype=bool)
-    for row in failed:
-        if is_met(row.figures or {}, scenario):
-            continue  # it lacks the probability only
-        late = {name: (row.figures or {})[f"missed_{name}"] for name in ("ttft", "tpot", "e2e")}
-        is_slow = max(late.values()) > 0 and not (row.figures or {})["unstable"]
-        broken = times[max(late, key=lambda name: late[name]) if is_slow else "load"]
-        likely &= broken < broken[row.at]
-    done = {row.at for row in rows}
-    too_small = [_parts(row.screened["changes"]) for row in failed]
-    best = min(kept, default=np.inf)
-    open_ = []
-    for i in ranked:
-        if i not in done and values[i] < best:
-            parts = _parts(screened.changes[i])
-            if not any(_is_no_larger(parts, other) for other in too_small):
-                open_.append(i)
-    chosen = [i for i in open_ if likely[i]]
-    if not kept and (not chosen or room <= 3 * MORE):
-        limits = {"ttft": ttft_and_tpot_limits(scenario)[0], "tpot": ttft_and_tpot_limits(scenario)[1], "load": 1.0}
-        over = np.max([times[name] / limit for name, limit in limits.items() if limit], axis=0)
-        chosen = sorted(open_, key=lambda i: over[i])
-    return chosen[: max(0, min(MORE, room))]
-
-
-def _parts(changes: Mapping[str, Any]) -> tuple[str, tuple[int, ...]]:
-    """Return a fleet's deployments, and the replicas of each."""
-    counts = {path: value for path, value in changes.items() if path.endswith("replicas")}
-    rest = {path: value for path, value in changes.items() if path not in counts}
-    return repr(sorted(rest.items(), key=lambda item: item[0])), tuple(counts[path] for path in sorted(counts))
-
-
-def _is_no_larger(one: tuple[str, tuple[int, ...]], other: tuple[str, tuple[int, ...]]) -> bool:
-    """Whether a fleet is of the same deployments as another, with no more replicas of any."""
-    return one[0] == other[0] and all(a <= b for a, b in zip(one[1], other[1], strict=True))
-
-
-def _keeps(row: Survivor, scenario: Scenario) -> bool:
-    """Whether a simulated fleet keeps the level, and with the probability asked for where that was assessed."""
-    if row.figures is None or not is_met(row.figures, scenario):
-        return False
-    chance = row.figures.get("probability")
-    return chance is None or chance >= search_of(scenario).probability
-
-
-def _choose(rows: list[Survivor], scenario: Scenario, executor: Executor | None) -> Survivor | None:
-    """Return the best simulated fleet that keeps the level with the probability asked for, assessed over all draws;
-    None where none does."""
-    objective, sense = objective_of(scenario)
-    kept = sorted((row for row in rows if _keeps(row, scenario)), key=lambda row: row.figure(objective) * sense)
-    assessed = sum("probability" in (row.figures or {}) for row in rows)
-    for row in kept:
-        if "probability" not in (row.figures or {}):
-            if assessed == MOST_ASSESSED:
-                continue
-            assessed += 1
-            row.figures = assess_fleet(scenario.what_if(row.screened["changes"]), executor, known=row.figures)
-        if _keeps(row, scenario):
-            return row
-    return None
-
-
-def _one_fewer(
-    winner: Survivor, rows: list[Survivor], screened: ScreenedFleets, ranked: list[int], scenario: Scenario
-) -> list[int]:
-    """Return the fleets of the best one's deployments with one replica less that passed the screen and were not
-    simulated yet: the fluid model that ranks fleets is rougher than one replica. None where fewer GPUs are no aim."""
-    if search_of(scenario).objective not in ("usd_per_million_output_tokens", "num_gpus"):
-        return []
-    done = {row.at for row in rows}
-    too_small = [_parts(row.screened["changes"]) for row in rows if row.figures and not _keeps(row, scenario)]
-    rest, counts = _parts(winner.screened["changes"])
-    fewer = {(rest, (*counts[:at], counts[at] - 1, *counts[at + 1 :])) for at in range(len(counts))}
-    found = []
-    for i in ranked:
-        parts = _parts(screened.changes[i])
-        if i not in done and parts in fewer and not any(_is_no_larger(parts, other) for other in too_small):
-            found.append(i)
-    return found[: max(0, MOST_SIMULATED - len(rows))]
-
-
 def _none_keeps_it(rows: list[Survivor], scenario: Scenario) -> CapacityError:
     """Return the error of a search in which no simulated fleet keeps the level; says the closest."""
     search = search_of(scenario)
@@ -350,19 +225,17 @@ def _closest(screened: ScreenedFleets, scenario: Scenario, ttft: float | None, t
     )
 
 
-def _why(
-    screened: ScreenedFleets, winner: Survivor, rows: list[Survivor], scenario: Scenario, within: Any
-) -> list[dict[str, Any]]:
+def _why(screened: ScreenedFleets, winner: Survivor, fleets: FleetSearch, within: Any) -> list[dict[str, Any]]:
     """Return, for each choice of the winner, the best fleet that chose otherwise and how much worse it is: of those
     that were simulated and keep the level, else of the screened ones."""
+    scenario = fleets.scenario
     objective, sense = objective_of(scenario)
     values = screened.columns[objective] * sense
     flat = [_choices(changes) for changes in screened.changes]
-    is_judged = "probability" if scenario.draws > 1 else objective
     kept = {
-        row.at: row.figure(objective)
-        for row in rows
-        if row is not winner and is_judged in (row.figures or {}) and _keeps(row, scenario)
+        row.at: float(screened.columns[objective][row.at]) if is_exact(objective) else row.figure(objective)
+        for row in fleets.rows
+        if not fleets.has_failed(row) and is_met(row.figures or {}, scenario)
     }
     found = []
     for name, value in flat[winner.at].items():
@@ -370,7 +243,7 @@ def _why(
         simulated = [at for at in kept if others[at]]
         if simulated:
             at = min(simulated, key=lambda one: kept[one] * sense)
-            ratio = kept[at] / winner.figure(objective)
+            ratio = kept[at] / kept[winner.at]
         elif (others & within).any():
             at = int(np.flatnonzero(others & within)[np.argmin(values[others & within])])
             ratio = float(screened.columns[objective][at] / screened.columns[objective][winner.at])

@@ -65,9 +65,9 @@ def test_a_fault_is_remembered_too(tmp_path: Path) -> None:
 def test_a_sweep_file_of_another_version_is_refused(tmp_path: Path) -> None:
     store = tmp_path / "sweep.jsonl"
     store.write_text(json.dumps({"longcat_sim_sweep": 99, "evaluate": "x"}) + "\n")
-    with pytest.raises(CapacityError, match=r"expected version 2; got 99; .*another version"):
+    with pytest.raises(CapacityError, match=r"expected version 3; got 99; .*another version"):
         sweep(scenarios(2), area, store=store)
-    store.write_text(json.dumps({"longcat_sim_sweep": 2, "evaluate": "other.figure"}) + "\n")
+    store.write_text(json.dumps({"longcat_sim_sweep": 3, "evaluate": "other.figure"}) + "\n")
     with pytest.raises(CapacityError, match=r"got those of other\.figure"):
         sweep(scenarios(2), area, store=store)
     for other in (b"hello\n", bytes(range(128, 256))):
