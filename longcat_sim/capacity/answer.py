@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from longcat_sim.capacity.candidates import search_of
+from longcat_sim.capacity.replay import replay_command
 from longcat_sim.capacity.screen import Screened, objective_of, tpot_limit_s
 from longcat_sim.specs.price import HOURS_PER_MONTH
 from longcat_sim.specs.scenario import Scenario
@@ -54,6 +55,8 @@ class CapacityResult:
     screening_kendall_tau: float | None
     notes: list[str] = field(default_factory=list)
     screened: Screened | None = field(default=None, repr=False)
+    source: str = ""
+    """Name or path of the scenario, as it was given."""
 
     @property
     def usd_basis(self) -> str:
@@ -65,11 +68,19 @@ class CapacityResult:
         """The level on the time per output token, if there is one."""
         return tpot_limit_s(self.scenario)
 
+    @property
+    def replay(self) -> str | None:
+        """The command that simulates the winner, None where there is none."""
+        changes, batch = dict(self.winner.screened["changes"]), self.winner.screened.get("sequences_per_gpu")
+        if batch is not None:
+            changes["step.sequences_per_gpu"] = int(batch) if float(batch).is_integer() else batch
+        return replay_command(self.scenario, changes, self.source)
+
     def to_json(self) -> dict[str, Any]:
         """Return the document that ``capacity --json`` prints."""
         return {
-            "winner": self.winner.to_json(), "pareto": self.pareto, "binding": self.binding, "why": self.why,
-            "rejected": self.rejected, "max_rate_at_slo": self.max_rate_at_slo,
+            "winner": self.winner.to_json(), "replay": self.replay, "pareto": self.pareto, "binding": self.binding,
+            "why": self.why, "rejected": self.rejected, "max_rate_at_slo": self.max_rate_at_slo,
             "objective": objective_of(self.scenario)[0], "usd_basis": self.usd_basis,
             "candidates_looked_at": self.looked_at, "candidates_solved": self.solved,
             "candidates_simulated": len(self.survivors), "screen_wall_s": self.screen_wall_s,
@@ -85,6 +96,7 @@ class CapacityResult:
             "",
             *(_line(name, text) for name, text in self._answer()),
             _line("binds", self.binding["sentence"]),
+            *([_line("replay", self.replay)] if self.replay else []),
             "",
             f"why it wins (the best that chose otherwise, by {WORDS[search_of(self.scenario).objective]}):",
         ]

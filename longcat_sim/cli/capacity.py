@@ -33,6 +33,7 @@ def run(
     made = load(scenario, set_ or [])
     with _executor(dask, processes) as executor:
         result = capacity(made, executor, store=store, progress=progress_line("simulated", 2.0, say))
+    result.source = scenario
     if picture is not None:
         from longcat_sim.figures.capacity import capacity_figure
 
