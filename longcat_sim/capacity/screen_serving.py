@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from longcat_sim.capacity.candidates import Rejected, Shape, memory_at, reason_of, search_of, shapes
+from longcat_sim.capacity.full_steps import full_steps, seconds_per_token
 from longcat_sim.capacity.price import MILLION, SECONDS_PER_HOUR
 from longcat_sim.capacity.screen import nothing_left
 from longcat_sim.capacity.traffic import Traffic
@@ -54,7 +55,7 @@ class Curve:
     turns: int
     """Steps of a prompt."""
     prompt_share_s: float
-    """A prompt's share of a full prefill step: what limits a prefill pool."""
+    """A prompt's share of full prefill steps: what limits a prefill pool."""
     usd_per_hour: float
 
     def alone_at(self, requests_per_s: float) -> float:
@@ -93,7 +94,6 @@ def curve(shape: Shape, step: StepFn, traffic: Traffic) -> Curve:
     serve = shape.scenario.serve
     assert serve is not None
     scheduler = serve.scheduler
-    budget = float(scheduler.max_num_batched_tokens)
     held = traffic.input_tokens + traffic.output_tokens / 2
     role = "decode" if serve.is_disaggregated else "shared"
     room = max(0.0, replica_kv_tokens(shape.scenario, serve, role)[0]) / held
@@ -106,21 +106,25 @@ def curve(shape: Shape, step: StepFn, traffic: Traffic) -> Curve:
     keys = max(traffic.prompt_keys, (own + 1) / 2)
     many, n, f = np.concatenate, len(batch), len(fills)
     # every point in one call: decode alone; a prompt's chunk beside the batch, then alone, at every share of ranks that
-    # have one; and a full prefill step
+    # have one; and full prefill steps, each on the ranks that the others may wait for
+    full = full_steps(traffic, scheduler, ranks) if serve.is_disaggregated else np.zeros((0, 4))
+    s = len(full)
     seconds = step(
-        many([batch, np.repeat(batch, f), np.zeros(f + 1)]),
-        many([np.full(n + n * f, traffic.decode_context), np.ones(f + 1)]),
-        many([np.zeros(n), np.full(n * f + f, own * ranks), [budget]]),
-        many([np.ones(n), np.full(n * f + f, keys), [min(keys, (budget + 1) / 2)]]),
-        many([np.ones(n), np.tile(fills, n + 1), [1.0]]),
+        many([batch, np.repeat(batch, f), np.zeros(f + s)]),
+        many([np.full(n + n * f, traffic.decode_context), np.ones(f + s)]),
+        many([np.zeros(n), np.full(n * f + f, own * ranks), full[:, 2] * ranks]),
+        many([np.ones(n), np.full(n * f + f, keys), full[:, 3] / full[:, 2]]),
+        many([np.ones(n), np.tile(fills, n + 1), np.minimum(1.0, full[:, 1] / (full[:, 2] * ranks))]),
     )
-    decode_s, beside_s, alone_s = seconds[:n], seconds[n : n + n * f].reshape(n, f), seconds[n + n * f : -1]
+    ends = np.cumsum([n, n * f, f])
+    decode_s, beside_s, alone_s, full_s = np.split(seconds, ends)
+    beside_s = beside_s.reshape(n, f)
     extra, way = _beside(
         shape.scenario, traffic, batch, decode_s, np.maximum(beside_s, decode_s[:, None]), fills, turns
     )
     return Curve(
         shape, batch, decode_s, extra, way, alone_s * turns, fills, turns,
-        float(seconds[-1]) * traffic.computed_tokens / budget, shape.scenario.usd_per_gpu_hour * shape.num_gpus,
+        seconds_per_token(full, full_s) * traffic.computed_tokens, shape.scenario.usd_per_gpu_hour * shape.num_gpus,
     )  # fmt: skip
 
 
@@ -275,6 +279,8 @@ def _shared(
 
 
 MOST_SPLIT_REPLICAS = 64
+SCREEN_ERROR = 1.2
+"""Times by which the fluid model may be off: what misses by less is simulated. Assumed."""
 
 
 def _split(
@@ -292,19 +298,17 @@ def _split(
     prefills: list[tuple[Curve, int, float, float]] = []
     decodes: list[tuple[Curve, int, float, float, float]] = []
     for one in curves:
-        for count in counts(one, 1 / one.prompt_share_s):
-            load = traffic.requests_per_s / (count - spare) * one.prompt_share_s
-            if load < 0.999:
-                way = one.alone_at(load / one.prompt_share_s)
-                wait = _waiting(load, one.prompt_share_s, way / one.turns)
-                prefills.append((one, count, way + wait, load))
+        for count in counts(one, SCREEN_ERROR / one.prompt_share_s):
+            each = traffic.requests_per_s / (count - spare)
+            load, way = min(each * one.prompt_share_s, 0.999), one.alone_at(each)
+            prefills.append((one, count, way + _waiting(load, one.prompt_share_s, way / one.turns), load))
         carried = np.maximum.accumulate(one.requests_per_s(traffic.output_tokens, per_step, shared=False))
         for count in counts(one, float(carried[-1])):
             each = traffic.requests_per_s / (count - spare)
             batch = float(np.interp(each, carried, one.batch)) if each > carried[0] else 1e-6
             tpot = float(np.interp(batch, one.batch, one.step_s)) / per_step
             decodes.append((one, count, tpot, batch, each / float(carried[-1])))
-    # a pool with the same figures and more GPUs is never better: keep the fastest of each size and price
+    # a pool that is slower and no cheaper is no better
     prefills = _fronts(prefills, lambda row: row[2])
     decodes = _fronts(decodes, lambda row: row[2])
     rows = []
@@ -331,11 +335,13 @@ def _split(
 
 
 def _fronts(rows: list[Any], time_of: Callable[[Any], float]) -> list[Any]:
-    """Return the rows that no cheaper or equally dear one beats in time."""
+    """Return the rows that no cheaper or equally dear one beats in time by more than the screen may be off."""
     rows = sorted(rows, key=lambda row: (row[0].usd_per_hour * row[1], time_of(row)))
     kept: list[Any] = []
+    least = np.inf
     for row in rows:
-        if not kept or time_of(row) < time_of(kept[-1]) * (1 - 1e-9):
+        least = min(least, time_of(row))
+        if time_of(row) <= SCREEN_ERROR * least:
             kept.append(row)
     return kept
 

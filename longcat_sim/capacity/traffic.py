@@ -35,6 +35,8 @@ class Traffic:
     prompt_keys: float
     """Mean positions that a computed prompt token attends to."""
     inputs: FloatArray = field(repr=False, default_factory=lambda: np.empty(0))
+    computed: FloatArray = field(repr=False, default_factory=lambda: np.empty(0))
+    """Per request, as ``computed_tokens``; both in order of arrival."""
 
     @classmethod
     def of(cls, scenario: Scenario) -> Traffic:
@@ -66,7 +68,7 @@ class Traffic:
         return cls(
             rate, float(inputs.mean()), float(computed.mean()), float(outputs.mean()),
             float((outputs * (inputs + outputs / 2)).sum() / outputs.sum()),
-            float((computed * (before + (computed + 1) / 2)).sum() / computed.sum()), inputs,
+            float((computed * (before + (computed + 1) / 2)).sum() / computed.sum()), inputs, computed,
         )  # fmt: skip
 
 
