@@ -15,7 +15,13 @@ from longcat_sim.capacity.candidates import Rejected, search_of, shapes
 from longcat_sim.capacity.op_times import op_times_of
 from longcat_sim.capacity.reasons import step_elasticities, time_goes_with
 from longcat_sim.capacity.screen import check_reachable, objective_of, pareto, tpot_limit_s
-from longcat_sim.capacity.screen_serving import ScreenedFleets, check_ttft_reachable, prompt_turns, screen_fleets
+from longcat_sim.capacity.screen_serving import (
+    SCREEN_ERROR,
+    ScreenedFleets,
+    check_ttft_reachable,
+    prompt_turns,
+    screen_fleets,
+)
 from longcat_sim.capacity.search import kendall
 from longcat_sim.capacity.sweep import Progress
 from longcat_sim.capacity.traffic import Traffic
@@ -68,7 +74,7 @@ def serving_capacity(
     within = np.ones(len(values), dtype=bool)
     for name, limit in (("ttft_s", ttft), ("tpot_s", tpot)):
         if limit is not None:
-            within &= screened.columns[name] <= limit * 1.2  # a fluid model: near misses are simulated too
+            within &= screened.columns[name] <= limit * SCREEN_ERROR
     if not within.any():
         raise _closest(screened, scenario, ttft, tpot)
     front = pareto(screened.columns, FRONT, within)
@@ -80,9 +86,6 @@ def serving_capacity(
     if winner is None:
         raise _none_keeps_it(rows, scenario)
     best = scenario.what_if(screened.changes[winner.at])
-    # simulated and over the level, or better than the winner and ruled out by what was: no reason against the winner
-    failed = values < values[winner.at]
-    failed[[row.at for row in rows if fleets.has_failed(row)]] = True
     relied_on = _without_spares(best, search.spare_replicas)
     rate = highest_rate(relied_on, executor, stay_s=winner.figure("stay_s", 0.0))
     rate |= _fleet(best, search.spare_replicas)
@@ -122,7 +125,7 @@ def serving_capacity(
         )
     if scenario.draws == 1:
         notes.append("draws: 1 is a point estimate, without intervals or a probability; --set draws=16 gives both")
-    reasons = _why(screened, winner, fleets, within & ~failed)
+    reasons = _why(screened, winner, fleets)
     return CapacityResult(
         scenario, winner, rows, [good[i].to_json() for i in shown], _binding(relied_on, rate),
         reasons, dict(rejected.counts), rate, screened.looked_at, len(values),
@@ -225,17 +228,21 @@ def _closest(screened: ScreenedFleets, scenario: Scenario, ttft: float | None, t
     )
 
 
-def _why(screened: ScreenedFleets, winner: Survivor, fleets: FleetSearch, within: Any) -> list[dict[str, Any]]:
+def _why(screened: ScreenedFleets, winner: Survivor, fleets: FleetSearch) -> list[dict[str, Any]]:
     """Return, for each choice of the winner, the best fleet that chose otherwise and how much worse it is: of those
-    that were simulated and keep the level, else of the screened ones."""
+    that were simulated and keep the level, else of the screened ones that are not ruled out."""
     scenario = fleets.scenario
     objective, sense = objective_of(scenario)
     values = screened.columns[objective] * sense
     flat = [_choices(changes) for changes in screened.changes]
+    possible = set(fleets.possible(fleets.ranked))
+    within = np.zeros(len(values), dtype=bool)
+    within[list(possible)] = True
+    within &= values >= values[winner.at]
     kept = {
         row.at: float(screened.columns[objective][row.at]) if is_exact(objective) else row.figure(objective)
         for row in fleets.rows
-        if not fleets.has_failed(row) and is_met(row.figures or {}, scenario)
+        if row.at in possible and is_met(row.figures or {}, scenario)
     }
     found = []
     for name, value in flat[winner.at].items():

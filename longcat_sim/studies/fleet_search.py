@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from longcat_sim.capacity.answer import Survivor
 from longcat_sim.capacity.candidates import search_of
@@ -64,7 +67,8 @@ class FleetSearch:
                 self.rows += [
                     Survivor(i, self.screened.row(i), p.figures, p.faults) for i, p in zip(chosen, points, strict=True)
                 ]
-            leading = sorted((row for row in self.rows if self._may_win(row)), key=self._value)
+            possible = set(self.possible(row.at for row in self.rows))
+            leading = sorted((row for row in self.rows if row.at in possible), key=self._value)
             best = leading[0] if leading else None
             open_ = self.better_than(best)
             room = max(0, min(MORE, MOST_SIMULATED - len(self.rows)))
@@ -75,7 +79,7 @@ class FleetSearch:
             if best is None:
                 return None
             if best.at not in self.lasted:
-                self._check_for_long([row for row in leading if row.at not in self.lasted])
+                self._check_for_long(leading)
             elif "probability" in (best.figures or {}):
                 return best
             elif sum("probability" in (row.figures or {}) for row in self.rows) == MOST_ASSESSED:
@@ -90,11 +94,13 @@ class FleetSearch:
         objective, sense = objective_of(self.scenario)
         return float(self.values[row.at]) if is_exact(objective) else row.figure(objective) * sense
 
-    def _check_for_long(self, undecided: list[Survivor]) -> None:
-        """Give the best of these the service of a long run; with an executor the one that is next if it fails, too."""
-        best, *others = undecided
-        others = [row for row in others if not self._is_in(row.at, list(self._parts[best.at].items()))]
-        rows = [best, *others[: 0 if self.executor is None else 1]]
+    def _check_for_long(self, leading: Sequence[Survivor]) -> None:
+        """Give two fleets the service of a long run: the best that kept the level in a short one, and the next better
+        one, a near miss: most near misses miss, and then smaller ones do, too. Without an executor only the latter."""
+        kept = (at for at, row in enumerate(leading) if is_met(row.figures or {}, self.scenario))
+        first = next(kept, len(leading))
+        rows = [row for row in leading[max(0, first - 1) : first + 1] if row.at not in self.lasted]
+        rows = rows[:1] if self.executor is None else rows
         fleets = [self.scenario.what_if(row.screened["changes"]) for row in rows]
         run = self.executor.map if self.executor is not None else map
         for row, figures in zip(rows, run(lasting, fleets, [row.figures or {} for row in rows]), strict=True):
@@ -113,25 +119,21 @@ class FleetSearch:
 
     def better_than(self, best: Survivor | None) -> list[int]:
         """Return the fleets that are screened as better than ``best`` and neither simulated nor ruled out."""
-        done, missed, found = {row.at for row in self.rows}, self._missed(), []
-        for i in self.ranked:
-            if best is not None and not self.values[i] < self.values[best.at] - 1e-9 * abs(self.values[best.at]):
-                break
-            if i not in done and not self._is_in(i, missed):
-                found.append(i)
-        return found
+        done, least = {row.at for row in self.rows}, np.inf
+        if best is not None:
+            least = self.values[best.at] - 1e-9 * abs(self.values[best.at])
+        return self.possible(i for i in takewhile(lambda i: self.values[i] < least, self.ranked) if i not in done)
 
-    def _may_win(self, row: Survivor) -> bool:
-        """Whether a fleet that was simulated has not failed, and, until it has had a long run, no larger one either."""
-        return not self.has_failed(row) and (row.at in self.lasted or not self._is_in(row.at, self._missed()))
-
-    def _is_in(self, fleet: int, missed: list[tuple[str, Parts]]) -> bool:
-        """Whether a fleet or its pool is no larger than one of those that missed the level."""
-        return any(_is_no_larger(self._parts[fleet][pool], parts) for pool, parts in missed)
-
-    def _missed(self) -> list[tuple[str, Parts]]:
-        """Return the fleets, and the prefill pools, that miss the level."""
-        return [(pool, self._parts[row.at][pool]) for row in self.rows for pool in self._missed_by(row)]
+    def possible(self, fleets: Iterable[int]) -> list[int]:
+        """Return those that have not failed and are not ruled out."""
+        failed = {row.at for row in self.rows if self.has_failed(row)}
+        kept = self.lasted - failed
+        missed = [(pool, self._parts[row.at][pool]) for row in self.rows for pool in self._missed_by(row)]
+        return [
+            i for i in fleets
+            if i in kept
+            or (i not in failed and not any(_is_no_larger(self._parts[i][pool], parts) for pool, parts in missed))
+        ]  # fmt: skip
 
     def _missed_by(self, row: Survivor) -> list[str]:
         """Return the parts of a fleet that make it miss the level: all pools together, and the prefill pool alone."""
