@@ -15,7 +15,7 @@ from longcat_sim.records.measurement import load_measurements
 def test_collectives_are_measured_between_the_ranks_of_torchrun(tmp_path: Path) -> None:
     out = tmp_path / "m.jsonl"
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "longcat_sim", "profile"]
-    options = ["--suite", "collectives", "--suite", "contention", "--device", "cpu", "--budget-s", "30"]
+    options = ["--suite", "collectives", "--suite", "contention", "--device", "cpu", "--budget-s", "60"]
     done = subprocess.run(
         [sys.executable, *command, *options, "--out", str(out)], capture_output=True, text=True, timeout=240
     )

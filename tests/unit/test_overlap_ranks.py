@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from longcat_sim.specs.model import model_spec
+from longcat_sim.studies.validate import ranks
 from longcat_sim.studies.validate.ranks import Beside, Block, Shape, measure, predict
 
 MS = 1e-3
@@ -42,11 +43,17 @@ def test_a_slow_rank_delays_both_and_sharing_costs():
 
 
 @pytest.mark.slow
-def test_a_paced_link_is_hidden_on_real_ranks():
-    # timings on a shared machine: only what pacing itself guarantees is asserted
+def test_a_paced_link_is_hidden_on_real_ranks(monkeypatch):
+    # timings on a shared machine: only what pacing itself guarantees is asserted, of medians. With as much compute as
+    # exchange a fifth of the step is hidden or more; three busy neighbours have turned one block in four around
+    monkeypatch.setattr(ranks, "QUANTILE", 0.5)
     spec = model_spec("longcat-tiny")
-    run = measure(spec, Shape(2, 64, 1.0), repeats=4, num_ranks=2, pace_s=20 * MS)
-    assert run.seconds["none"] >= 4 * 20 * MS * 0.9  # two layers, two exchanges each
-    assert run.seconds["sbo"] < run.seconds["none"]
+    for _ in range(3):
+        run = measure(spec, Shape(4, 128, 1.0), repeats=12, num_ranks=2, pace_s=10 * MS)
+        assert run.seconds["none"] >= 4 * 10 * MS * 0.9  # two layers, two exchanges each
+        if run.seconds["sbo"] < 0.95 * run.seconds["none"]:
+            break
+    else:
+        pytest.fail(f"three blocks hid less than 5 %: the last took {run.seconds}")
     guess = predict(run, "none", spec.num_layers, 2, Beside(1.0, 1.0, 0.0))
     assert guess == pytest.approx(run.seconds["none"], rel=0.5)
