@@ -225,14 +225,14 @@ class CollectiveTimes:
             return ResourceShares()
         bandwidth = self.hardware.memory_bandwidth
         if op.variant == "normal":
-            sm = NORMAL_SMS / (self.hardware.sm_count or 132)
+            sm = min(1.0, NORMAL_SMS / (self.hardware.sm_count or 132))
             passes = 2.0
         elif op.variant == "low_latency":
             passes = LOCAL_PASSES
             staging = self._tables[op.kind, op.variant][0].floor_s + passes * op.message_bytes / bandwidth
             sm = min(1.0, staging / seconds)
         else:
-            sm, passes = NCCL_SMS / (self.hardware.sm_count or 132), NCCL_PASSES
+            sm, passes = min(1.0, NCCL_SMS / (self.hardware.sm_count or 132)), NCCL_PASSES
         memory = min(1.0, passes * op.message_bytes / (bandwidth * seconds))
         return self._sheet.links_demand(op, seconds)._replace(sm=sm, memory=memory)
 
