@@ -109,7 +109,7 @@ def run(**_: Any) -> Section:
     published = targets("longcat-flash")["training_overlap"]
     section = Section("training_overlap", "Training overlap: exposed dispatch and combine, EP32, 200 Gb/s per device")
     chunked = schedule("chunked", "longcat")
-    free = replace(chunked, name="chunked_free", after={})
+    free = replace(chunked, after={})
     for name, plan, target, limit in (
         ("without ScMoE overlap", schedule("none", "longcat"), published["exposed_without"], 0.02),
         ("ScMoE in two token chunks", chunked, published["exposed_with"], 0.02),
