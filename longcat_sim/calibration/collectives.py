@@ -15,7 +15,7 @@ import numpy as np
 
 from longcat_sim.calibration.collective_curves import Curve, fit_curves
 from longcat_sim.calibration.importers.exchange import Point
-from longcat_sim.calibration.roofline import Roofline, link_shares
+from longcat_sim.calibration.roofline import Roofline, link_passes, link_shares
 from longcat_sim.ops.op import FloatArray, Op, OpArrays, ResourceShares, Tag
 from longcat_sim.specs.hardware import HardwareSpec
 
@@ -205,10 +205,6 @@ class CollectiveTimes:
         """The same of the links that were measured, which join as many devices as the data sheet's."""
         return _wire_s(kind, ranks, self.hardware.sheet, self.reference)
 
-    def _link(self, ranks: float) -> str:
-        """Return the link that a collective over so many ranks waits for."""
-        return "scale_up" if ranks <= _domain(self.hardware) else "scale_out"
-
     def demand(self, op: Op) -> ResourceShares:
         """Return what a collective uses while it runs alone.
 
@@ -346,7 +342,7 @@ class CollectiveTimes:
         all is carried (none of the carried tables that were measured crossed nodes on other links)."""
         table = self._tables[kind, variant]
         now, then = self._wire_s(kind, ranks), self._measured_wire_s(kind, ranks)
-        is_part = self.carried_from and ranks <= min(_domain(self.hardware), _domain(self.hardware.sheet))
+        is_part = self.carried_from and ranks <= min(self.hardware.domain_size, self.hardware.sheet.domain_size)
         octaves = abs(float(np.log2(now / then))) if now and then else 0.0
         octaves = max(0.0, octaves - CARRIED_OCTAVES) if is_part else octaves
         beyond = (size > 2 * self._near(kind, variant, ranks).bytes[-1]) | (
@@ -361,10 +357,6 @@ def _links(hardware: HardwareSpec) -> dict[str, float]:
     return {name: float(link.bandwidth) for name, link in found.items() if link is not None}
 
 
-def _domain(hardware: HardwareSpec) -> int:
-    return hardware.scale_up.domain_size if hardware.scale_up else 1
-
-
 def _wire_s(kind: str, ranks: float, hardware: HardwareSpec, bandwidths: Mapping[str, float]) -> float | None:
     """Return the seconds that a byte of a message takes on the busiest link of ``bandwidths``; None where one is
     missing that it needs."""
@@ -372,5 +364,4 @@ def _wire_s(kind: str, ranks: float, hardware: HardwareSpec, bandwidths: Mapping
     needed = [link for link, share in shares.items() if share > 0]
     if any(link not in bandwidths for link in needed):
         return None
-    passes = 2.0 if kind == "all_reduce" else 1.0
-    return passes * max((shares[link] / bandwidths[link] for link in needed), default=0.0)
+    return link_passes(kind) * max((shares[link] / bandwidths[link] for link in needed), default=0.0)

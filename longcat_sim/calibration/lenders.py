@@ -123,7 +123,7 @@ def _links_of(hardware: HardwareSpec) -> tuple[float, float, int]:
     """Return (scale-up and scale-out bandwidth, devices that the scale-up link joins); what is missing is next to none
     and near no other's."""
     up, out = hardware.scale_up, hardware.scale_out
-    return up.bandwidth if up else 1.0, out.bandwidth if out else 1.0, up.domain_size if up else 1
+    return up.bandwidth if up else 1.0, out.bandwidth if out else 1.0, hardware.domain_size
 
 
 def _lenders() -> Iterator[HardwareSpec]:

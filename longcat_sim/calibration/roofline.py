@@ -73,7 +73,7 @@ class Roofline:
     def links_demand(self, op: Op, seconds: float) -> ResourceShares:
         """Return what a collective that takes ``seconds`` alone uses of each link: the bytes that cross it over those
         that could."""
-        moved = (2.0 if op.kind == "all_reduce" else 1.0) * op.message_bytes / seconds
+        moved = link_passes(op.kind) * op.message_bytes / seconds
         inside, outside = link_shares(op["ranks"], self.hardware)
         return ResourceShares(
             scale_up=min(1.0, moved * inside / self._rate(self.hardware.scale_up)),
@@ -106,8 +106,7 @@ class Roofline:
         for size, group in zip(np.atleast_1d(message_bytes), np.atleast_1d(ranks), strict=True):
             inside, outside = link_shares(float(group), self.hardware)
             if kind == "send":
-                domain = up.domain_size if up else 1
-                inside, outside = (1.0, 0.0) if group <= domain and up else (0.0, 1.0)
+                inside, outside = (1.0, 0.0) if group <= self.hardware.domain_size and up else (0.0, 1.0)
             missing = [name for name, share, link in (("scale_up", inside, up), ("scale_out", outside, out))
                        if share > 0 and link is None]  # fmt: skip
             if missing:
@@ -116,7 +115,7 @@ class Roofline:
                     f"sheet, such as {missing[0]}: {{bandwidth: 50 GB/s, latency: 5 us}}; it is missing; add it, or "
                     "use fewer ranks"
                 )
-            passes = 2.0 if kind == "all_reduce" else 1.0
+            passes = link_passes(kind)
             spent = [
                 (link.latency or COLLECTIVE_FLOOR_S) + passes * share * size / (link.bandwidth * self.link_efficiency)
                 for share, link in ((inside, up), (outside, out))
@@ -126,10 +125,15 @@ class Roofline:
         return np.array(times)
 
 
+def link_passes(kind: str) -> float:
+    """Return how often a collective's bytes cross its links: an all-reduce is a reduce-scatter, then an all-gather."""
+    return 2.0 if kind == "all_reduce" else 1.0
+
+
 def link_shares(ranks: float, hardware: HardwareSpec) -> tuple[float, float]:
     """Return the shares of a message over ``ranks`` that stay in the scale-up domain and that leave it; what a rank
     sends to itself is in neither."""
-    domain = hardware.scale_up.domain_size if hardware.scale_up else 1
+    domain = hardware.domain_size
     if ranks <= 1:
         return 0.0, 0.0
     inside = min(ranks, domain)

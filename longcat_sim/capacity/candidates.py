@@ -210,7 +210,7 @@ def tpot_floor_s(scenario: Scenario) -> float:
     read = parts["attention_weights"] + parts["dense_ffn_weights"] + parts["embedding_and_head"] / 2
     latency = 0.0
     if deployment.ep_size > 1:
-        domain = hardware.scale_up.domain_size if hardware.scale_up else 1
+        domain = hardware.domain_size
         link = hardware.scale_up if deployment.ep_size <= domain else hardware.scale_out
         latency = 2 * model.num_moe_layers * (link.latency if link else 0.0)
     seconds = read / hardware.memory_bandwidth + latency

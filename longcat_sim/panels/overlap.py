@@ -48,7 +48,7 @@ def steady_layers(scenario: Scenario, op_times: OpTimesLike) -> Timeline:
     model, deployment = scenario.model, scenario.deployment
     load = None
     if model.num_moe_layers:
-        domain = scenario.hardware.scale_up.domain_size if scenario.hardware.scale_up else 1
+        domain = scenario.hardware.domain_size
         rows = float(size.rows) * (deployment.tp_size if deployment.ep_size == 1 else 1)
         load = typical_load(
             model, deployment, scenario.routing, np.array([rows]), seed=scenario.seed, domain=domain,

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float64]
 Summary = dict[str, float] | None
 PERCENTILES = (50, 90, 95, 99)
+GROWTH = 0.02
+"""Share of the arrivals by which a queue may grow before it is one without bound: what goes unsaid overstates rates by
+no more. Assumed."""
 FEWEST_STAYS = 100
 """Requests that must come and go while all queues last for their stays to tell the speed of full batches. Assumed."""
 
@@ -120,7 +123,7 @@ def serving_metrics(result: ServingResult) -> dict[str, Any]:
     # summed up at once: of a million requests each takes 8 MB, and twice that while it is made
     ttft_s, e2e_s = summary((first - arrival)[done]), summary((last - arrival)[done])
     tpot_s = summary((last - first)[span] / (outputs[span] - 1))
-    work = counted_work(result)
+    work = result.counted
     begin, end = work.window_s
     seconds = max(end - begin, 1e-9)
     input_sum = float(inputs[work.done] @ work.prompt_ratio)
@@ -242,7 +245,7 @@ def stability(result: ServingResult) -> tuple[bool, float | None]:
         return int(np.searchsorted(arrival, time, "right") - np.searchsorted(started, time, "right"))
 
     def is_growth(number: int, came: int) -> bool:
-        return number > max(0.02 * came, 4 * came**0.5)
+        return number > max(GROWTH * came, 4 * came**0.5)
 
     if is_growth(result.between_pools, len(arrival)):  # decode lags behind: what it completes is what it can
         ends = columns.numpy("last")[columns.numpy("status") == COMPLETED]

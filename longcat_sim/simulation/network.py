@@ -13,7 +13,7 @@ def check_topology(hardware: HardwareSpec, deployment: Deployment) -> None:
     Tensor parallelism must stay inside the scale-up domain; expert parallelism beyond it needs a scale-out link.
     """
     faults = []
-    domain = hardware.scale_up.domain_size if hardware.scale_up else 1
+    domain = hardware.domain_size
     for name, size in (("tp_size", deployment.tp_size), ("dense_tp_size", deployment.dense_tp)):
         if size > domain:
             faults.append(

@@ -180,7 +180,7 @@ def loads(scenario: Scenario, size: StepSize, *, draws: int, seed: int) -> Layer
     layers = model.num_moe_layers + (scenario.speculative.draft_tokens if model.layer_kind == "moe" else 0)
     if not model.num_moe_layers:
         return None
-    domain = scenario.hardware.scale_up.domain_size if scenario.hardware.scale_up else 1
+    domain = scenario.hardware.domain_size
     tokens = float(size.rows) * (scenario.deployment.tp_size if scenario.deployment.ep_size == 1 else 1)
     return draw_loads(
         model, scenario.deployment, scenario.routing, tokens, layers=layers, draws=draws, seed=seed, domain=domain,
@@ -335,7 +335,7 @@ def step_seconds_many(
     size = StepSize(phase, batch, new, np.maximum(length, new), beside, share)
     load = None
     if model.num_moe_layers:
-        domain = scenario.hardware.scale_up.domain_size if scenario.hardware.scale_up else 1
+        domain = scenario.hardware.domain_size
         is_shared = deployment.ep_size > 1
         tokens = size.mean_rows(deployment.ep_size, deployment.tp_size) if is_shared else size.rows * deployment.tp_size
         load = typical_load(

@@ -109,6 +109,11 @@ class HardwareSpec(Part):
         return self._sheet or self
 
     @property
+    def domain_size(self) -> int:
+        """Devices that the scale-up link joins, such as the 8 of a node; 1 without one."""
+        return self.scale_up.domain_size if self.scale_up else 1
+
+    @property
     def has_kernel_gaps(self) -> bool:
         """Whether time passes between two kernels that op times leave out: on everything but a CPU (one core a
         device), unless ``profile`` measured the times, which then hold it."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from longcat_sim.capacity.price import Bill, Work, bill
 from longcat_sim.capacity.screen_serving import prompt_turns
-from longcat_sim.simulation.metrics import CountedWork, counted_work
+from longcat_sim.simulation.metrics import CountedWork
 from longcat_sim.simulation.serving.request import COMPLETED
 from longcat_sim.simulation.serving.simulate import PoolUse, ServingResult
 from longcat_sim.studies.engines import StepFunction
@@ -42,7 +42,7 @@ def fleet_bill(
     output tokens would cost in steps of their own, at the run's mean sizes. Of the prompts' part, cached tokens carry
     what attending to them adds to a prefill.
     """
-    work = counted_work(run)
+    work = run.counted
     window = work.window_s
     length = window[1] - window[0]
     pools = {}

@@ -72,8 +72,7 @@ def measured_collectives(rows: Measurements, hardware: HardwareSpec) -> tuple[Co
         if row.is_contention or not row.op.is_collective:
             continue
         name, ranks = " ".join(filter(None, (row.op.kind, row.op.variant))), row.op["ranks"]
-        domain = hardware.scale_up.domain_size if hardware.scale_up else 1
-        link = "scale_up" if ranks <= domain else "scale_out"
+        link = "scale_up" if ranks <= hardware.domain_size else "scale_out"
         if rows.environment.kind == "cpu":
             left_out["collectives (between processes of a CPU, not between devices)"] += 1
         elif row.op.variant not in get_args(Variant):

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from longcat_sim.calibration.roofline import link_passes
+
 Row = Mapping[str, Any]
 HIDDEN, TOPK = 7168, 8
 FP8_ROW, BF16_ROW = 7392.0, 14336.0
@@ -102,7 +104,7 @@ def _nccl(system: str) -> Callable[[Row, str], Iterator[Point]]:
         if row["system"] != system:
             return
         kind, ranks = kinds.get(str(row["op"]), str(row["op"])), int(row["gpus"])
-        passes = (2.0 if kind == "all_reduce" else 1.0) * (ranks - 1) / ranks
+        passes = link_passes(kind) * (ranks - 1) / ranks
         sizes = {"us_le_2KB": 2048.0, "us_256KB": 262144.0, "us_2MB": 2097152.0, "us_32MB": 33554432.0}
         for name, size in sizes.items():
             yield Point(kind, "", ranks, size, row[name] * 1e-6, source)

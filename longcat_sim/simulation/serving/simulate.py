@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ class ServingResult:
     wall_s: float = 0.0
     interpolation_error: float = 0.0
     start_wall: float = 0.0
+
+    @cached_property
+    def counted(self) -> metrics.CountedWork:
+        """What rates and prices are of."""
+        return metrics.counted_work(self)
 
     def metrics(self) -> dict[str, Any]:
         """Return the figures of a serving run; units are in the keys."""
