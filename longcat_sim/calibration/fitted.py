@@ -16,7 +16,7 @@ import numpy as np
 from longcat_sim.calibration.laws import LAWS, Device
 from longcat_sim.calibration.local import Smoothness, correct, learn_smoothness, logs
 from longcat_sim.calibration.table import TimeTable, refine, rising, thin
-from longcat_sim.calibration.weights import law_seconds, weigh
+from longcat_sim.calibration.weights import law_seconds, weigh, weigh_again
 from longcat_sim.ops.op import FloatArray, Tag
 
 LEVELS: FloatArray = np.linspace(0.0, 1.0, 21)
@@ -115,16 +115,16 @@ class FittedLaw:
             rows = rng.choice(rows, FIT_ROWS // 4, replace=False)
         part = tuple(c[rows] for c in coordinates)
         counts = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=draws).astype(float)
-        self.draws_ = np.array(
-            [
-                weigh(part, seconds[rows], self.kind, self.dtype, self.reference, count, self.weights_)
-                for count in counts
-            ]
-        )
+        self.draws_ = weigh_again(self.weights_, part, seconds[rows], self.kind, self.dtype, self.reference, counts)
 
-    def table(self, device: Device, dtype: str | None = None) -> TimeTable:
-        """Return the times on ``device`` (scaled by the law where it differs from the reference) as a grid."""
+    def table(self, device: Device, dtype: str | None = None, upto: Sequence[float] | None = None) -> TimeTable:
+        """Return the times on ``device`` (scaled by the law where it differs from the reference) as a grid.
+
+        Where the largest sizes to be read are given (``upto``, one per coordinate), it ends there.
+        """
         axes = [refine(axis) for axis in self.axes_]
+        if upto is not None:
+            axes = [axis[: np.searchsorted(axis, most) + 1] for axis, most in zip(axes, upto, strict=True)]
         cells = tuple(part.ravel() for part in np.meshgrid(*axes, indexing="ij"))
         shape = tuple(len(axis) for axis in axes)
         law = law_seconds(self.weights_, cells, self.kind, dtype or self.dtype, device)

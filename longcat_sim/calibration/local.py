@@ -8,7 +8,6 @@ neighbours by every coordinate and sees that two of them on one side say the sam
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from longcat_sim.ops.op import FloatArray
 
 NEIGHBOURS = 20
 """Measured sizes that a guess is made from (products on a B200: 12 miss by 4.1 %, 20 by 3.9 %, 24 by 3.9 %)."""
-BLOCK = 500
+BLOCK = 128
 """Targets solved at once: their matrices stay in a core's cache."""
 TRIALS, FOLDS, FEW_TRIALS = 400, 3, 5
 """Points that lengths are tried on at once, each guessed from all the others; how often, on other points, where there
@@ -53,35 +52,43 @@ def logs(coordinates: Any) -> FloatArray:
 
 
 def krige(points: FloatArray, values: FloatArray, targets: FloatArray, smooth: Smoothness) -> FloatArray:
-    """Return the values guessed at ``targets`` [T, D] from those at ``points`` [N, D], both in octaves."""
+    """Return the values guessed at ``targets`` [T, D] from those at ``points`` [N, D], both in octaves.
+
+    Between the knots of a grid many targets have the same neighbours: their system is solved once.
+    """
     from scipy.spatial import cKDTree
 
     lengths = np.array(smooth.octaves)
     points, targets = points / lengths, targets / lengths
     near = min(NEIGHBOURS, len(points))
-    tree = cKDTree(points)
-    found = np.empty(len(targets))
-    distances, indices = (x.reshape(-1, near) for x in tree.query(targets, k=near, p=1, workers=-1))
+    indices = cKDTree(points).query(targets, k=near, p=1)[1].reshape(-1, near)
+    # a set of neighbours is known by the sum of its members' random numbers, whatever their order
+    numbers = np.random.default_rng(0).integers(2**63, size=len(points), dtype=np.uint64)
+    _, first, which = np.unique(numbers[indices].sum(1), return_index=True, return_inverse=True)
     # single precision: far finer than the steps in which a correction is kept, and twice as fast
-    known = values.astype(np.float32)
-    close_to, distances = points.astype(np.float32), distances.astype(np.float32)
-
-    def solve(start: int) -> None:
-        distance, index = distances[start : start + BLOCK], indices[start : start + BLOCK]
-        close = close_to[index]
-        between = np.zeros((len(distance), near, near), np.float32)
-        for axis in range(points.shape[1]):
-            between += np.abs(close[:, :, None, axis] - close[:, None, :, axis])
-        likeness = np.exp(-between)
-        likeness[:, np.arange(near), np.arange(near)] += smooth.nugget
-        solved = np.linalg.solve(likeness, np.stack([np.ones_like(distance), known[index]], axis=-1))
-        ones, data = solved[..., 0], solved[..., 1]
-        mean = data.sum(1) / ones.sum(1)
-        found[start : start + BLOCK] = mean + (np.exp(-distance) * (data - mean[:, None] * ones)).sum(1)
-
-    with ThreadPoolExecutor() as threads:  # numpy lets go of the interpreter while it computes
-        list(threads.map(solve, range(0, len(targets), BLOCK)))
-    return found
+    known, nugget = values.astype(np.float32), np.float32(smooth.nugget)
+    axes = [axis.astype(np.float32) for axis in points.T]
+    diagonal = np.arange(near)
+    ones, data = np.empty((2, len(first), near), np.float32)
+    for start in range(0, len(first), BLOCK):
+        index = indices[first[start : start + BLOCK]]
+        likeness = np.zeros((*index.shape, near), np.float32)
+        apart = np.empty_like(likeness)
+        for axis in axes:
+            at = axis[index]
+            np.subtract(at[:, :, None], at[:, None, :], out=apart)
+            likeness -= np.abs(apart, out=apart)
+        np.exp(likeness, out=likeness)
+        likeness[:, diagonal, diagonal] += nugget
+        solved = np.linalg.solve(likeness, np.stack([np.ones(index.shape, np.float32), known[index]], axis=-1))
+        ones[start : start + BLOCK], data[start : start + BLOCK] = solved[..., 0], solved[..., 1]
+    mean = data.sum(1) / ones.sum(1)
+    data -= mean[:, None] * ones
+    index = indices[first][which]
+    weight = np.zeros(index.shape, np.float32)
+    for axis, at in zip(axes, targets.T.astype(np.float32), strict=True):
+        weight -= np.abs(axis[index] - at[:, None])
+    return np.asarray(mean[which] + (np.exp(weight) * data[which]).sum(1), dtype=float)
 
 
 def learn_smoothness(points: FloatArray, values: FloatArray, rng: np.random.Generator) -> Smoothness:
@@ -138,8 +145,7 @@ def correct(
     from scipy.spatial import cKDTree
 
     points, targets = logs(coordinates), logs(cells)
-    tree = cKDTree(targets)
-    near, cell = tree.query(points, k=1, p=np.inf, distance_upper_bound=AT_CELL_OCTAVES)
+    near, cell = cKDTree(targets).query(points, k=1, p=np.inf, distance_upper_bound=AT_CELL_OCTAVES)
     at_cell = np.isfinite(near)
     count = np.bincount(cell[at_cell], minlength=len(targets))
     total = np.bincount(cell[at_cell], weights=residual[at_cell], minlength=len(targets))
@@ -152,6 +158,6 @@ def correct(
     between = ~measured
     if between.any():
         guessed = krige(points[:, varied], residual, targets[between][:, varied], lengths)
-        away = cKDTree(points).query(targets[between], k=1, p=np.inf, workers=-1)[0]
+        away = cKDTree(points).query(targets[between], k=1, p=np.inf)[0]
         local[between] = guessed / (1.0 + (np.maximum(away, 0.05) / HALF_OCTAVES) ** 3)
     return local, measured

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from longcat_sim.calibration.answer import Answer, Key
 from longcat_sim.calibration.collectives import KERNEL_GAP_S, CollectiveTimes
@@ -102,19 +105,26 @@ class OpTimes:
             f"{' '.join(filter(None, key))}: {found} sizes, a law needs {min_points}": len(grouped.pop(key))
             for key, found in sorted(few.items())
         }
-        laws = {}
-        for number, (key, rows) in enumerate(sorted(grouped.items())):
+
+        def fit_one(number: int, key: Key) -> FittedLaw:
+            rows = grouped[key]
             rng = np.random.default_rng([seed, number])
             coordinates, seconds = points_of(key[0], rows)
-            device = device_of(hardware, key[1])
-            law = FittedLaw.fit(key, coordinates, seconds, device, max_cells=max_cells, rng=rng)
+            law = FittedLaw.fit(key, coordinates, seconds, devices[key], max_cells=max_cells, rng=rng)
             law.provenance = tuple(sorted({row.source for row in rows if row.source}))
             if draws > 1:
                 law.bootstrap(coordinates, seconds, draws, rng)
             if held_out and sizes[key] >= MIN_POINTS:
                 p10 = np.array([row.p10_s for row in rows]) if any(row.block_s for row in rows) else None
                 judge(law, coordinates, seconds, rng=rng, max_cells=max_cells, p10=p10)
-            laws[key] = law
+            return law
+
+        devices = {key: device_of(hardware, key[1]) for key in sorted(grouped)}
+        # a thread per core and law, the longest first; more threads within one (BLAS) would only wait for each other
+        order = sorted(enumerate(devices), key=lambda law: -len(grouped[law[1]]))
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as threads:
+            found = dict(zip((key for _, key in order), threads.map(lambda law: fit_one(*law), order), strict=True))
+        laws = {key: found[key] for key in devices}
         drift = {
             " ".join(filter(None, key)): float(f"{np.median([row.drift for row in rows]):.3g}")
             for key, rows in sorted(grouped.items()) if any(row.block_s for row in rows)

@@ -51,7 +51,8 @@ def judge(
             law.key, tuple(c[train] for c in coordinates), times[train], device, max_cells=max_cells, rng=rng,
             smooth=law.smooth_,
         )  # fmt: skip
-        predicted = fitted.table(device).many([c[test] for c in coordinates])
+        asked = [c[test] for c in coordinates]
+        predicted = fitted.table(device, upto=[float(sizes.max()) for sizes in asked]).many(asked)
         return np.log(times[test] / predicted)
 
     fold = rng.permutation(len(seconds)) % FOLDS

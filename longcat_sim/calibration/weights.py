@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,66 +26,91 @@ BEST_RATE = 0.999
 
 
 def weigh(
-    coordinates: tuple[FloatArray, ...], seconds: FloatArray, kind: str, dtype: str, device: Device,
-    counts: FloatArray | None = None, start: FloatArray | None = None,
-) -> FloatArray:  # fmt: skip
+    coordinates: tuple[FloatArray, ...], seconds: FloatArray, kind: str, dtype: str, device: Device
+) -> FloatArray:
     """Return the weights of a law [overhead, serial..., compute..., memory..., roof where it has one], all >= 0.
 
     They miss the seconds by the least mean relative error. The largest of compute, memory and roof is chosen per row,
-    the rest is linear: from rounds of choosing and non-negative least squares, or from ``start``, a descent finds the
-    least error nearby. The roof joins when the others have settled, and is no lower than the best measured rates.
-    ``counts`` are bootstrap multiplicities.
+    the rest is linear: rounds of choosing and non-negative least squares, and a descent to the least error nearby.
+    The roof joins when the others have settled, and is no lower than the best measured rates.
     """
     serial, branches = columns(coordinates, kind, dtype, device)
-    size = seconds / (seconds + SMALL * np.quantile(seconds, 0.01)) if len(seconds) >= MANY else np.ones(len(seconds))
-    size = size / size.mean() if counts is None else size / size.mean() * counts
-    roof = 1.0 / np.quantile(branches[2][:, 0] / seconds, BEST_RATE) if LAWS[kind].has_roof else np.inf
-    if start is not None:
-        return _descend(start, serial, branches, seconds, size, roof)
-    if not LAWS[kind].has_roof:
-        return _descend(_settle(None, serial, branches, seconds, size), serial, branches, seconds, size, roof)
-    start = np.append(_settle(None, serial, branches[:2], seconds, size), roof)
-    weights = _settle(start, serial, branches, seconds, size)
-    weights[-1] = min(weights[-1], roof)
-    return _descend(weights, serial, branches, seconds, size, roof)
+    size, roof = _importance(seconds), _roof(branches, seconds)
+    if LAWS[kind].has_roof:
+        start = np.append(_settle(None, serial, branches[:2], seconds, size), roof)
+        weights = _settle(start, serial, branches, seconds, size)
+        weights[-1] = min(weights[-1], roof)
+    else:
+        weights = _settle(None, serial, branches, seconds, size)
+    return _Descent(serial, branches, seconds, roof).bottom(weights, size)
 
 
-def _descend(
-    weights: FloatArray, serial: FloatArray, branches: list[FloatArray], seconds: FloatArray, size: FloatArray,
-    most: float,
+def weigh_again(
+    weights: FloatArray, coordinates: tuple[FloatArray, ...], seconds: FloatArray, kind: str, dtype: str,
+    device: Device, counts: FloatArray,
 ) -> FloatArray:  # fmt: skip
-    """Return the weights, the last of them at most ``most``, at the bottom of the error around these (L-BFGS-B).
+    """Return the weights of bootstrap draws [draws, weights], each by a descent from ``weights``.
+
+    ``counts`` says how often each draw holds each row [draws, N].
+    """
+    serial, branches = columns(coordinates, kind, dtype, device)
+    descent, size = _Descent(serial, branches, seconds, _roof(branches, seconds)), _importance(seconds)
+    return np.array([descent.bottom(weights, size * count) for count in counts])
+
+
+def _importance(seconds: FloatArray) -> FloatArray:
+    """Return how much each row counts, 1 on average."""
+    if len(seconds) < MANY:
+        return np.ones(len(seconds))
+    size = seconds / (seconds + SMALL * np.quantile(seconds, 0.01))
+    return np.asarray(size / size.mean())
+
+
+def _roof(branches: list[FloatArray], seconds: FloatArray) -> float:
+    """Return the largest weight of the roof; infinite for a law that has none."""
+    return float(1.0 / np.quantile(branches[2][:, 0] / seconds, BEST_RATE)) if len(branches) > 2 else np.inf
+
+
+class _Descent:
+    """The way down to the least error of a law's weights, the last of them at most ``most`` (L-BFGS-B).
 
     Rounds of choosing may swing to and fro for ever where both compute and memory matter: the laws of a CPU's products
     were twice too slow by the last of them, and 7 % off here.
     """
-    from scipy.optimize import minimize
 
-    edges = _edges(serial, branches)
-    rows = np.hstack([np.ones((len(seconds), 1)), serial, *branches]) / seconds[:, None]
-    unit = rows.mean(0)
-    unit[unit == 0] = 1.0
-    rows = rows / unit
-    has_prior = np.zeros(edges[-1])
-    has_prior[[at for at, branch in zip(edges, branches, strict=False) if branch.shape[1]]] = PRIOR_POINTS / len(rows)
+    def __init__(self, serial: FloatArray, branches: list[FloatArray], seconds: FloatArray, most: float) -> None:
+        self._edges = edges = _edges(serial, branches)
+        rows = np.hstack([np.ones((len(seconds), 1)), serial, *branches]) / seconds[:, None]
+        self._unit = unit = rows.mean(0)
+        unit[unit == 0] = 1.0
+        rows /= unit
+        self._parts = [np.ascontiguousarray(part) for part in np.split(rows, edges[:-1], axis=1)]
+        self._has_prior = np.zeros(edges[-1])
+        starts = [at for at, branch in zip(edges, branches, strict=False) if branch.shape[1]]
+        self._has_prior[starts] = PRIOR_POINTS / len(rows)
+        self._bounds = [(0.0, None)] * (len(unit) - 1) + [(0.0, most * unit[-1])]
 
-    def error(scaled: FloatArray) -> tuple[float, FloatArray]:
+    def bottom(self, start: FloatArray, size: FloatArray) -> FloatArray:
+        """Return the weights at the bottom around ``start``; ``size`` says how much each row counts [N]."""
+        from scipy.optimize import minimize
+
+        args = (size / len(size),)
+        found = minimize(self._error, start * self._unit, args, jac=True, method="L-BFGS-B", bounds=self._bounds,
+                         tol=1e-6).x  # fmt: skip
+        return np.maximum(found / self._unit, 0.0)  # it may end 1e-19 below a bound
+
+    def _error(self, scaled: FloatArray, share: FloatArray) -> tuple[float, FloatArray]:
         """Return the mean of sqrt(miss^2 + EXACT^2), with the prior's part, and its gradient."""
-        each = np.stack([rows[:, at:to] @ scaled[at:to] for at, to in pairwise(edges)])
-        chosen = _last_largest(each)
-        missed = rows[:, : edges[0]] @ scaled[: edges[0]] + each.max(0) - 1.0
+        fixed, *branches = self._parts
+        weights = np.split(scaled, self._edges[:-1])
+        longest, chosen = _longest([rows @ own for rows, own in zip(branches, weights[1:], strict=True)])
+        missed = fixed @ weights[0] + longest - 1.0
         smooth = np.hypot(missed, EXACT)
-        pull = size * missed / smooth / len(rows)
-        away = scaled / unit - PRIOR_WEIGHT
-        slope = has_prior * away / unit
-        slope[: edges[0]] += pull @ rows[:, : edges[0]]
-        for number, (at, to) in enumerate(pairwise(edges)):
-            slope[at:to] += (pull * (chosen == number)) @ rows[:, at:to]
-        return float((size * smooth).mean() + (has_prior * away**2).sum() / 2), slope
-
-    bounds = [(0.0, None)] * (len(unit) - 1) + [(0.0, most * unit[-1])]
-    found = minimize(error, weights * unit, jac=True, method="L-BFGS-B", bounds=bounds, tol=1e-6).x
-    return np.maximum(found / unit, 0.0)  # it may end 1e-19 below a bound
+        pull = share * missed / smooth
+        away = scaled / self._unit - PRIOR_WEIGHT
+        slope = [pull @ fixed, *((pull * (chosen == at)) @ rows for at, rows in enumerate(branches))]
+        error = float(share @ smooth + self._has_prior @ away**2 / 2)
+        return error, np.concatenate(slope) + self._has_prior * away / self._unit
 
 
 def _settle(
@@ -101,8 +126,8 @@ def _settle(
             prior[at, at] = np.sqrt(PRIOR_POINTS)
             goal[at] = PRIOR_WEIGHT * np.sqrt(PRIOR_POINTS)
     if weights is None:
-        plain = np.stack([branch[:, :1].sum(1) for branch in branches])
-        chosen, trust = _last_largest(plain), np.ones(len(seconds))
+        plain = [branch[:, :1].sum(1) for branch in branches]
+        chosen, trust = _longest(plain)[1], np.ones(len(seconds))
         weights = np.zeros(edges[-1])
     else:
         chosen, trust, _ = _choice(weights, serial, branches, seconds)
@@ -115,8 +140,9 @@ def _settle(
         target = np.concatenate([scale, goal])
         norm = np.linalg.norm(stacked, axis=0)
         norm[norm == 0] = 1.0
-        q, r = np.linalg.qr(stacked / norm)
-        fresh = nnls(r, q.T @ target)[0] / norm
+        # the last column of r is q.T @ target
+        r: Any = np.linalg.qr(np.column_stack([stacked / norm, target]), mode="r")
+        fresh = nnls(r[:-1, :-1], r[:-1, -1])[0] / norm
         settled = np.allclose(fresh, weights, rtol=1e-4, atol=0)
         weights = fresh
         chosen, trust, error = _choice(weights, serial, branches, seconds)
@@ -145,13 +171,19 @@ def _choice(
 ) -> tuple[Any, FloatArray, FloatArray]:
     """Return which branch bounds each row, how far each row is trusted (1 / its relative error), and that error."""
     fixed, each = _times(weights, serial, branches)
-    error = np.abs((fixed + each.max(0)) / seconds - 1)
-    return _last_largest(each), 1.0 / np.maximum(error, EXACT), error
+    longest, chosen = _longest(list(each))
+    error = np.abs((fixed + longest) / seconds - 1)
+    return chosen, 1.0 / np.maximum(error, EXACT), error
 
 
-def _last_largest(each: FloatArray) -> Any:
-    """Return which branch is the largest [N]; memory where it ties with compute."""
-    return len(each) - 1 - each[::-1].argmax(0)
+def _longest(each: Sequence[FloatArray]) -> tuple[FloatArray, Any]:
+    """Return the longest of the branches [N], and which it is; memory where it ties with compute."""
+    longest, chosen = each[0], np.zeros(len(each[0]), np.intp)
+    for number, branch in enumerate(each[1:], 1):
+        is_longer = branch >= longest
+        longest = np.where(is_longer, branch, longest)
+        chosen[is_longer] = number
+    return longest, chosen
 
 
 def columns(

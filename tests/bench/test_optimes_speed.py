@@ -41,4 +41,4 @@ def test_a_hundred_thousand_rows_are_fitted_in_seconds(capsys) -> None:
     spent = time.perf_counter() - start
     with capsys.disabled():
         print(f"\n{len(rows)} rows fitted in {spent:.1f} s, {spent * 1e5 / len(rows):.1f} s for 100,000")
-    assert spent * 1e5 / len(rows) < 60
+    assert spent * 1e5 / len(rows) < 40  # 14 to 18 s on two cores of an EPYC, 16 to 22 on one

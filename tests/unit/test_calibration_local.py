@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from longcat_sim.calibration.artefacts import RARE, accidents, without_accidents
-from longcat_sim.calibration.local import Smoothness, correct, krige, learn_smoothness
+from longcat_sim.calibration.local import NEIGHBOURS, Smoothness, correct, krige, learn_smoothness
 from longcat_sim.ops.op import op
 from longcat_sim.records.measurement import Measurement
 
@@ -22,6 +22,25 @@ def test_a_measured_point_comes_back_and_a_line_is_followed() -> None:
     # between knots of a full grid, a plane is guessed to a tenth of what it changes from knot to knot
     between = np.array([[1.5, 2.0], [2.5, 3.5]])
     assert krige(points, values, between, SMOOTH) == pytest.approx(0.1 * between[:, 0] - 0.05 * between[:, 1], abs=0.01)
+
+
+def test_targets_that_share_their_neighbours_are_guessed_as_if_alone() -> None:
+    """Against ordinary kriging written out (Cressie 1993, eq. 3.2.2), in double precision, of targets in one cell."""
+    rng = np.random.default_rng(1)
+    points = np.log2(np.stack(grid(6, 6), axis=-1)) + rng.uniform(-0.2, 0.2, (36, 2))
+    values, smooth = rng.normal(size=36), Smoothness((1.5, 3.0), 0.02)
+    targets = np.array([[2.45, 2.5], [2.5, 2.5], [2.55, 2.45], [0.0, 5.0]])
+
+    def alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.exp(-(np.abs(a[:, None] - b[None]) / np.array(smooth.octaves)).sum(-1))
+
+    for target, guess in zip(targets, krige(points, values, targets, smooth), strict=True):
+        near = np.argsort(alike(points, target[None])[:, 0])[-NEIGHBOURS:]
+        system = np.ones((NEIGHBOURS + 1, NEIGHBOURS + 1))
+        system[:-1, :-1] = alike(points[near], points[near]) + smooth.nugget * np.eye(NEIGHBOURS)
+        system[-1, -1] = 0.0
+        weights = np.linalg.solve(system, np.append(alike(points[near], target[None])[:, 0], 1.0))[:-1]
+        assert guess == pytest.approx(weights @ values[near], abs=2e-5)
 
 
 def test_lengths_tell_a_coordinate_that_matters_from_one_that_does_not() -> None:

@@ -3,7 +3,7 @@ import pytest
 
 from longcat_sim.calibration import OpTimes, Roofline, write_fit
 from longcat_sim.calibration.laws import Device
-from longcat_sim.calibration.weights import law_seconds, weigh
+from longcat_sim.calibration.weights import law_seconds, weigh, weigh_again
 from longcat_sim.errors import MeasurementError, UnmeasuredOpError
 from longcat_sim.ops import Op, OpArrays, op
 from longcat_sim.records.measurement import Measurement
@@ -51,6 +51,23 @@ def test_a_known_kernel_is_found_again(times: OpTimes) -> None:
     for size in ((100, 3000, 6000), (700, 5000, 700)):
         m, n, k = size
         assert times.seconds(op("gemm", m=m, n=n, k=k)) == pytest.approx(true_seconds(m, n, k), rel=0.08)
+
+
+def test_a_fit_is_the_same_however_many_cores_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [(kind, dtype) for kind in ("gemm", "norm") for dtype in ("bf16", "fp8")]
+    found = [
+        Measurement(op=op(kind, dtype=dtype, **sizes), median_s=row.median_s, p10_s=row.p10_s, p90_s=row.p90_s, count=1)
+        for row in rows()[::3]
+        for kind, dtype in kinds
+        for sizes in ({"m": row.op["m"], "n": row.op["n"], "k": row.op["k"]} if kind == "gemm" else
+                      {"rows": row.op["m"], "width": row.op["k"]},)
+    ]  # fmt: skip
+    fits = []
+    for cores in (1, 4):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        fits.append(OpTimes.fit(found, HARDWARE, draws=4).to_fit())
+    assert fits[0] == fits[1]
+    assert len(fits[0]["laws"]) == 4
 
 
 def test_one_and_many_agree(times: OpTimes) -> None:
@@ -193,5 +210,5 @@ def test_no_weight_is_below_zero() -> None:
         rng = np.random.default_rng(seed)
         seconds = law_seconds(law, sizes, "gemm", "fp32", device) * rng.lognormal(0, 0.15, len(rows))
         weights = weigh(sizes, seconds, "gemm", "fp32", device)
-        for counts in rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=64).astype(float):
-            assert weigh(sizes, seconds, "gemm", "fp32", device, counts, weights).min() >= 0
+        counts = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=64).astype(float)
+        assert weigh_again(weights, sizes, seconds, "gemm", "fp32", device, counts).min() >= 0
