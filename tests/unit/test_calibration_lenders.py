@@ -15,7 +15,7 @@ from longcat_sim.ops.attention import mla_variant
 from longcat_sim.ops.op import op
 from longcat_sim.records.measurement import Measurement
 from longcat_sim.specs.hardware import load_hardware
-from longcat_sim.studies.validate.transfer import lent_errors, step_ratios
+from longcat_sim.studies.validate.transfer import carried_step, lent_errors, spread_left, step_ratios
 
 LINEAR = {"qkv_proj": (6144, 4096), "o_proj": (4096, 4096), "gate_up_proj": (28672, 4096), "down_proj": (4096, 14336)}
 """Layer of Llama-3.1-8B -> (outputs, inputs)."""
@@ -149,6 +149,19 @@ def test_kernels_have_gaps_wherever_tables_leave_them_out(name: str, gap: float)
 def test_a_sister_device_comes_within_a_few_percent_over_a_step() -> None:
     for name in ("h100-sxm", "h200-sxm"):
         assert step_ratios(name)[0] == pytest.approx(1.0, abs=0.03)
+
+
+def test_one_generations_laws_foretell_a_step_of_the_next() -> None:
+    """Kind by kind they miss by a fifth; over a decode step, experts and quantising on either side make up for it."""
+    assert carried_step("h200-sxm", "h100-sxm") == pytest.approx(1.0, abs=0.03)
+    for source in ("h100-sxm", "h200-sxm"):
+        assert carried_step(source, "b200-sxm") == pytest.approx(1.0, abs=0.12)
+
+
+def test_what_a_factor_per_kind_would_leave() -> None:
+    assert spread_left(np.full(9, 0.5)) == pytest.approx(0.0)  # all too slow by half: a factor mends it
+    # logs 0, 0.1 .. 1.0: half of eleven points lie within five steps, so at best 0.25 to either side
+    assert spread_left(np.expm1(np.arange(11) / 10)) == pytest.approx(np.expm1(0.25))
 
 
 @pytest.mark.parametrize("name", ["mi325x", "mi355x", "tpu-v7"])
