@@ -169,7 +169,7 @@ class CapacityResult:
             rows.append(("" if rows else "latency", text + (f" (level {asked})" if asked else "")))
         rows.append(
             ("service", f"{_shown(w, 'attained', 100)} % of the requests of the worst class within its level "
-                        f"({search.attainment:.0%} asked)")
+                        f"({search.attainment:.0%} asked), over {w.figure('requests'):,.0f} requests")
         )  # fmt: skip
         return rows
 

@@ -20,7 +20,7 @@ def run(
     from longcat_sim.studies.measure import calibrate, calibrate_published, error_table
 
     if measurements.suffix in (".yaml", ".yml"):
-        times = calibrate_published(measurements, name, tables)
+        times = calibrate_published(measurements, name, tables, out)
     else:
         times = calibrate(measurements, name, out)
         skipped = load_measurements(measurements).skipped

@@ -162,8 +162,8 @@ def check_step(scenario: Scenario, size: StepSize) -> None:
         )
     elif plan.parts > 1 and size.phase == "decode" and float(np.min(size.sequences)) < plan.parts and not plan.whole:
         raise ScheduleError(
-            f"overlap: {deployment.overlap} cuts a step into {plan.parts} micro-batches: expected at least "
-            f"{plan.parts} sequences per GPU; got {float(np.min(size.sequences)):g}; use sbo or none"
+            f"{scenario.where}: deployment.overlap: {deployment.overlap} cuts a step into {plan.parts} micro-batches: "
+            f"expected at least {plan.parts} sequences per GPU; got {float(np.min(size.sequences)):g}; use sbo or none"
         )
     check_topology(scenario.hardware, deployment)
 

@@ -109,6 +109,22 @@ class HardwareSpec(Part):
         return self._sheet or self
 
     @property
+    def changed(self) -> list[str]:
+        """Figures that a what-if changed, by what factor: ``memory_bandwidth x 1.5``; a new one by its name."""
+        found = []
+        for name in self._figures():
+            now, before = self._figure(name), self.sheet._figure(name)
+            if now != before:
+                is_scaled = isinstance(now, int | float) and isinstance(before, int | float) and before
+                found.append(f"{name} x {now / before:.3g}" if is_scaled else name)
+        return found
+
+    def _figure(self, name: str) -> Any:
+        head, _, inner = name.partition(".")
+        part = getattr(self, head)
+        return (part.get(inner) if isinstance(part, dict) else getattr(part, inner, None)) if inner else part
+
+    @property
     def domain_size(self) -> int:
         """Devices that the scale-up link joins, such as the 8 of a node; 1 without one."""
         return self.scale_up.domain_size if self.scale_up else 1

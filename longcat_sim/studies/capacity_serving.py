@@ -29,10 +29,12 @@ from longcat_sim.capacity.uncertainty import check_draws
 from longcat_sim.errors import CapacityError
 from longcat_sim.specs.scenario import Scenario
 from longcat_sim.studies.engines import StepFunction, budget_notes, pools_of
-from longcat_sim.studies.fleet_figures import fleet_size, highest_rate, is_met, ttft_and_tpot_limits
-from longcat_sim.studies.fleet_search import MOST_SIMULATED, FleetSearch, is_exact
+from longcat_sim.studies.fleet_figures import fleet_size, highest_rate, is_met, priced, ttft_and_tpot_limits
+from longcat_sim.studies.fleet_search import MORE, MOST_SIMULATED, FleetSearch, is_exact
 from longcat_sim.studies.simulate import LEANING, leans_on
 
+REASON_ROUNDS = 3
+"""Times that the screened alternatives to a winner are simulated, up to ``MORE`` at once."""
 FRONT = {"usd_per_million_output_tokens_all_in": 1, "tpot_s": 1, "ttft_s": 1}
 
 
@@ -86,6 +88,8 @@ def serving_capacity(
     if winner is None:
         raise _none_keeps_it(rows, scenario)
     best = scenario.what_if(screened.changes[winner.at])
+    winner.figures = priced(best, winner.figures or {})
+    reasons = _reasons(screened, winner, fleets)
     relied_on = _without_spares(best, search.spare_replicas)
     rate = highest_rate(relied_on, executor, stay_s=winner.figure("stay_s", 0.0))
     rate |= _fleet(best, search.spare_replicas)
@@ -125,9 +129,9 @@ def serving_capacity(
         )
     if scenario.draws == 1:
         notes.append("draws: 1 is a point estimate, without intervals or a probability; --set draws=16 gives both")
-    reasons = _why(screened, winner, fleets)
+    front_rows = [good[i].to_json() | {"keeps_level": is_met(good[i].figures or {}, scenario)} for i in shown]
     return CapacityResult(
-        scenario, winner, rows, [good[i].to_json() for i in shown], _binding(relied_on, rate),
+        scenario, winner, rows, front_rows, _binding(relied_on, rate),
         reasons, dict(rejected.counts), rate, screened.looked_at, len(values),
         screened.wall_s, spent, 0.0, kendall(rows, objective), notes,
     )  # fmt: skip
@@ -228,38 +232,40 @@ def _closest(screened: ScreenedFleets, scenario: Scenario, ttft: float | None, t
     )
 
 
-def _why(screened: ScreenedFleets, winner: Survivor, fleets: FleetSearch) -> list[dict[str, Any]]:
+def _reasons(screened: ScreenedFleets, winner: Survivor, fleets: FleetSearch) -> list[dict[str, Any]]:
+    """Return the best fleets that chose otherwise than the winner, those simulated that the screen alone knows: one
+    that a run shows to miss the level is no alternative."""
+    fleets.is_strict = True
+    for _ in range(REASON_ROUNDS):
+        fleets.simulate(
+            [at for at in _why(screened, winner, fleets) if at not in {row.at for row in fleets.rows}][:MORE]
+        )
+    found = _why(screened, winner, fleets)
+    fleets.is_strict = False
+    return [row for rows in found.values() for row in rows]
+
+
+def _why(screened: ScreenedFleets, winner: Survivor, fleets: FleetSearch) -> dict[int, list[dict[str, Any]]]:
     """Return, for each choice of the winner, the best fleet that chose otherwise and how much worse it is: of those
-    that were simulated and keep the level, else of the screened ones that are not ruled out."""
+    that a run showed to keep the level, and the screened ones that none ruled out. The rows stand by fleet."""
     scenario = fleets.scenario
     objective, sense = objective_of(scenario)
     values = screened.columns[objective] * sense
     flat = [_choices(changes) for changes in screened.changes]
-    possible = set(fleets.possible(fleets.ranked))
-    within = np.zeros(len(values), dtype=bool)
-    within[list(possible)] = True
-    within &= values >= values[winner.at]
-    kept = {
-        row.at: float(screened.columns[objective][row.at]) if is_exact(objective) else row.figure(objective)
-        for row in fleets.rows
-        if row.at in possible and is_met(row.figures or {}, scenario)
-    }
-    found = []
+    possible, run = set(fleets.possible(fleets.ranked)), {row.at: row for row in fleets.rows}
+    worth = {at: float(values[at]) for at in possible if values[at] >= values[winner.at]}
+    for at in worth.keys() & run.keys() if not is_exact(objective) else ():
+        worth[at] = run[at].figure(objective) * sense
+    found: dict[int, list[dict[str, Any]]] = {}
     for name, value in flat[winner.at].items():
-        others = np.array([choices.get(name) != value for choices in flat])
-        simulated = [at for at in kept if others[at]]
-        if simulated:
-            at = min(simulated, key=lambda one: kept[one] * sense)
-            ratio = kept[at] / kept[winner.at]
-        elif (others & within).any():
-            at = int(np.flatnonzero(others & within)[np.argmin(values[others & within])])
-            ratio = float(screened.columns[objective][at] / screened.columns[objective][winner.at])
-        else:
+        others = [at for at in worth if flat[at].get(name) != value]
+        if not others:
             continue
-        found.append(
+        at = min(others, key=lambda one: (worth[one], one not in run))
+        found.setdefault(at, []).append(
             {
                 "choice": name, "value": flat[at].get(name), "instead_of": value, "deployment": screened.labels[at],
-                "objective": objective, "ratio": ratio, "is_simulated": bool(simulated),
+                "objective": objective, "ratio": worth[at] / worth[winner.at], "is_simulated": at in run,
             }
         )  # fmt: skip
     return found

@@ -49,6 +49,8 @@ class FleetSearch:
     rows: list[Survivor] = field(default_factory=list)
     lasted: set[int] = field(default_factory=set)
     """Fleets that have had a long run."""
+    is_strict: bool = False
+    """Whether a short run that missed the level is taken at its word, however near it came."""
 
     def __post_init__(self) -> None:
         objective, sense = objective_of(self.scenario)
@@ -61,12 +63,7 @@ class FleetSearch:
         """Return the best fleet that keeps the level with the probability asked for, None where none was found;
         ``chosen`` are simulated first."""
         while True:
-            if chosen:
-                cases = [self.scenario.what_if(self.screened.changes[i]) for i in chosen]
-                points = sweep(cases, simulate_fleet, self.executor, store=self.store, progress=self.progress)
-                self.rows += [
-                    Survivor(i, self.screened.row(i), p.figures, p.faults) for i, p in zip(chosen, points, strict=True)
-                ]
+            self.simulate(chosen)
             possible = set(self.possible(row.at for row in self.rows))
             leading = sorted((row for row in self.rows if row.at in possible), key=self._value)
             best = leading[0] if leading else None
@@ -87,6 +84,14 @@ class FleetSearch:
             else:
                 fleet = self.scenario.what_if(best.screened["changes"])
                 best.figures = assess_fleet(fleet, self.executor, known=best.figures)
+
+    def simulate(self, chosen: Sequence[int]) -> None:
+        """Give fleets a short run each."""
+        cases = [self.scenario.what_if(self.screened.changes[i]) for i in chosen]
+        points = sweep(cases, simulate_fleet, self.executor, store=self.store, progress=self.progress) if cases else []
+        self.rows += [
+            Survivor(i, self.screened.row(i), p.figures, p.faults) for i, p in zip(chosen, points, strict=True)
+        ]
 
     def _value(self, row: Survivor) -> float:
         """Return what the best fleet has least of. The bill is the screen's: fleets are simulated over traffic of
@@ -112,7 +117,7 @@ class FleetSearch:
         if row.figures is None:
             return True
         if row.at not in self.lasted:
-            return not could_meet(row.figures, self.scenario)
+            return not (is_met if self.is_strict else could_meet)(row.figures, self.scenario)
         chance = row.figures.get("probability")
         is_unlikely = chance is not None and chance < search_of(self.scenario).probability
         return is_unlikely or not is_met(row.figures, self.scenario)
@@ -140,7 +145,7 @@ class FleetSearch:
         figures = row.figures
         if figures is None or not self.has_failed(row):
             return []
-        unsure = 0.0 if row.at in self.lasted else doubt(figures)
+        unsure = 0.0 if row.at in self.lasted or self.is_strict else doubt(figures)
         is_late = figures["missed_ttft"] - unsure > 1 - search_of(self.scenario).attainment
         return [pool for pool in self._parts[row.at] if is_late or not pool]
 

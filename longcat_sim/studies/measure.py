@@ -91,10 +91,11 @@ def measured_collectives(rows: Measurements, hardware: HardwareSpec) -> tuple[Co
     return replace(times, kernel_gap_s=0.0), dict(left_out)  # what `profile` measured holds the gaps
 
 
-def calibrate_published(records: Path, name: str, tables: Path | None = None) -> OpTimes:
+def calibrate_published(records: Path, name: str, tables: Path | None = None, out: Path | None = None) -> OpTimes:
     """Fit a profile to published tables (a YAML file of records, and aiconfigurator-core's tables where they are).
 
     Collectives of the records are fitted too; a profile's own stay where the records have none. Returns the times.
+    The fit goes into the profile, or into a copy of it at ``out``.
 
     Raises:
         SpecError: no profile of that name.
@@ -103,8 +104,9 @@ def calibrate_published(records: Path, name: str, tables: Path | None = None) ->
     from longcat_sim.calibration.published import fit_published, has_op_tables, published_collectives
 
     hardware = load_hardware(name)
-    target = next(folder / f"{name}.yaml" for folder in profile_folders() if (folder / f"{name}.yaml").exists())
-    check_outputs(files={"--name": target})
+    profile = next(folder / f"{name}.yaml" for folder in profile_folders() if (folder / f"{name}.yaml").exists())
+    target = out or profile
+    check_outputs(files={"--name" if out is None else "--out": target})
     collectives = published_collectives(records, hardware, load_hardware)
     if collectives is None or has_op_tables(name):  # what another version fitted is replaced
         times = fit_published(hardware, kernels=records, tables=tables)
@@ -113,6 +115,8 @@ def calibrate_published(records: Path, name: str, tables: Path | None = None) ->
         known = OpTimes.from_hardware(hardware) if has_laws else OpTimes(hardware, {})
         times = OpTimes(hardware, known.laws_, provenance={"method": "published tables", **known.provenance})
     times.collectives_ = collectives or read_collectives(hardware)
+    if not target.exists():
+        write_text(target, profile.read_text(encoding="utf-8"))
     write_fit(target, times.to_fit())
     return times
 

@@ -132,6 +132,8 @@ def _price_notes(parts: Iterable[Scenario]) -> list[str]:
     notes = []
     for part in parts:
         given, own = part.price.usd_per_gpu_hour, part.hardware.price
+        if part.hardware.name in part.price.hardware_usd_per_gpu_hour:
+            continue
         if given is not None and own is not None and abs(given / own - 1) > 0.01:
             notes.append(
                 f"price: {given:.2f} USD per GPU-hour is the scenario's for any hardware; the profile of "
@@ -148,6 +150,9 @@ def _op_notes(op_times: OpTimesLike, scenario: Scenario, step: StepResult) -> li
         sorts = {(i.kind, i.dtype, i.variant) for i in items if not i.is_collective and i.kind != "host"}
         exchanges = {(i.kind, i.variant, i.tag) for i in items if i.is_collective}
         notes += op_times.notes([Op(kind, (), dtype, variant) for kind, dtype, variant in sorts], exchanges)
+    changed = scenario.hardware.changed
+    if changed:
+        notes.append(f"hardware {scenario.hardware.name}: not as its data sheet: {', '.join(changed)}")
     assumed = scenario.hardware.assumed
     if assumed:
         notes.append(f"hardware {scenario.hardware.name}: assumed, without a source: {', '.join(assumed)}")

@@ -115,7 +115,18 @@ def test_nothing_that_was_simulated_and_kept_the_level_is_better_than_the_winner
         result = serving_capacity(case)
         replicas = {row.figure("num_gpus"): is_met(row.figures or {}, case) for row in result.survivors}
         assert min(size for size, is_kept in replicas.items() if is_kept) == result.winner.figure("num_gpus")
-        assert all(row["ratio"] >= 1 for row in result.why if row["is_simulated"])
+        assert all(row["ratio"] >= 1 for row in result.why)
+        kept = {row.screened["deployment"] for row in result.survivors if is_met(row.figures or {}, case)}
+        assert all(row["deployment"] in kept for row in result.why if row["is_simulated"])
+        assert all(row["keeps_level"] == (row["deployment"] in kept) for row in result.pareto)
+
+
+def test_the_answers_prices_are_those_that_simulate_prints(base: Scenario) -> None:
+    case = base.what_if({"search.num_gpus": [1], "search.tp_size": [1]})
+    result = serving_capacity(case)
+    own = simulate(case.what_if(result.winner.screened["changes"])).figures
+    for name in ("input_tokens", "output_tokens", "output_tokens_all_in"):
+        assert result.winner.figure(f"usd_per_million_{name}") == pytest.approx(own[f"usd_per_million_{name}"])
 
 
 def test_a_first_token_below_the_physical_limit_says_the_limit(base: Scenario) -> None:

@@ -100,6 +100,9 @@ def test_calibrate_writes_the_collectives_of_a_device_without_op_tables(
     monkeypatch.chdir(tmp_path)  # profiles of the working folder go first
     calibrate_published(SHARED / "reference" / "kernels.yaml", "mi300x")
     assert (folder / "mi300x.yaml").read_text(encoding="utf-8").partition("\nfit:\n")[2] == old
+    before = (folder / "mi300x.yaml").read_bytes()
+    calibrate_published(SHARED / "reference" / "kernels.yaml", "mi300x", out=tmp_path / "copy.yaml")
+    assert (tmp_path / "copy.yaml").read_bytes() == before == (folder / "mi300x.yaml").read_bytes()
 
 
 @pytest.mark.parametrize("splits", [("random",), ("largest", "dimension")], ids=["between", "beyond"])

@@ -175,3 +175,10 @@ def test_the_search_prints_the_price_that_simulate_prints(tmp_path, capsys: pyte
         simulated = json.loads(capsys.readouterr().out)
     for name in PRICES:
         assert capacity["winner"]["simulated"][name] == pytest.approx(simulated[name], rel=1e-12)
+
+
+def test_a_devices_own_price_goes_before_the_price_of_any() -> None:
+    prices = {"usd_per_gpu_hour": 2.5, "hardware_usd_per_gpu_hour": {"h200-sxm": 4.0}}
+    case = scenario({**SHARED, "price": prices})
+    assert case.usd_per_gpu_hour == 2.5
+    assert case.what_if({"hardware": "h200-sxm"}).usd_per_gpu_hour == 4.0

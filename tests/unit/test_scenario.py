@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from longcat_sim.errors import SpecError
+from longcat_sim.errors import ScheduleError, SpecError
 from longcat_sim.specs.changes import parse_changes
 from longcat_sim.specs.hardware import load_hardware
 from longcat_sim.specs.scenario import scenario
+from longcat_sim.studies.simulate import simulate
 
 GOOD = """\
 model: longcat-flash
@@ -248,3 +249,18 @@ def test_a_fault_names_a_pool_that_there_is(write) -> None:
     pools = {"serve.prefill": {}, "serve.decode": {}, "serve.faults": [{"kind": "replica_loss", "at": "1 s"}]}
     with pytest.raises(SpecError, match=r"pool: expected prefill or decode, .*; got 'shared'"):
         scenario(write(SERVED), pools)
+
+
+def test_what_a_what_if_changed_of_a_data_sheet_is_said() -> None:
+    case = scenario("longcat-flash-h800-decode")
+    assert case.hardware.changed == []
+    wider = case.what_if({"hardware.memory_bandwidth": "6.7 TB/s", "hardware.scale_up.domain_size": 72})
+    assert wider.hardware.changed == ["memory_bandwidth x 2", "scale_up.domain_size x 9"]
+
+
+def test_an_overlap_that_a_step_is_too_small_for_names_its_place() -> None:
+    small = {"step.sequences_per_gpu": 1, "deployment.overlap": "tbo", "draws": 1}
+    with pytest.raises(
+        ScheduleError, match=r"longcat-flash-h800-decode.*: deployment\.overlap: tbo cuts a step into 2"
+    ):
+        simulate(scenario("longcat-flash-h800-decode", small))
