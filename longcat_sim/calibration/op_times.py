@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ MIN_POINTS = 5
 """Fewest points of one kind, dtype and variant that a law can be fitted to."""
 LINK_DRAWS = 100
 """Draws from which the interval of a collective is found: to 7 % of its width."""
+_one_fit = Lock()
+"""The limit on BLAS threads is the process's: of two fits at once, the later one would restore that of the earlier."""
 PASSES: dict[str, Callable[[Mapping[str, Any]], tuple[Any, ...]]] = {
     "norm": lambda d: (d["rows"], d["width"], 1.0),
     "permute": lambda d: (d["rows"], d["width"], 1.0),
@@ -122,7 +125,9 @@ class OpTimes:
         devices = {key: device_of(hardware, key[1]) for key in sorted(grouped)}
         # a thread per core and law, the longest first; more threads within one (BLAS) would only wait for each other
         order = sorted(enumerate(devices), key=lambda law: -len(grouped[law[1]]))
-        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as threads:
+        import scipy.linalg  # noqa: F401  # brings a BLAS of its own, which is limited only once it is there
+
+        with _one_fit, threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as threads:
             found = dict(zip((key for _, key in order), threads.map(lambda law: fit_one(*law), order), strict=True))
         laws = {key: found[key] for key in devices}
         drift = {

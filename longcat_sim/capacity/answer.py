@@ -9,7 +9,6 @@ from typing import Any
 from longcat_sim.capacity.candidates import search_of
 from longcat_sim.capacity.replay import replay_command
 from longcat_sim.capacity.screen import Screened, objective_of, tpot_limit_s
-from longcat_sim.specs.price import HOURS_PER_MONTH
 from longcat_sim.specs.scenario import Scenario
 
 
@@ -139,16 +138,18 @@ class CapacityResult:
         return rows + self._fleet()
 
     def _bill(self) -> list[tuple[str, str]]:
-        w = self.winner
+        w, fleet = self.winner, self.max_rate_at_slo
+        whole, name = fleet["usd_per_million_output_tokens"], "usd_per_million_output_tokens_all_in"
+        to_mean = whole / w.figure(name)  # a run's tokens differ a little from those of the traffic
         rows = [
-            ("cost", f"{_shown(w, 'usd_per_million_output_tokens_all_in')} USD per million output tokens, whole bill"),
-            ("", f"its lines: {_shown(w, 'usd_per_million_input_tokens')} per million input tokens, "
-                 f"{_shown(w, 'usd_per_million_output_tokens')} per million output tokens"),
+            ("cost", f"{_shown(w, name, to_mean)} USD per million output tokens, whole bill"),
+            ("", f"its lines: {_shown(w, 'usd_per_million_input_tokens', to_mean)} per million input tokens, "
+                 f"{_shown(w, 'usd_per_million_output_tokens', to_mean)} per million output tokens"),
         ]  # fmt: skip
-        if w.figure("usd_per_million_cached_input_tokens", None) is not None:
-            rows.append(("", f"and {_shown(w, 'usd_per_million_cached_input_tokens')} per million cached input tokens"))
-        month = w.screened["usd_per_hour"] * HOURS_PER_MONTH
-        rows.append(("", f"{w.figure('num_gpus'):g} GPUs, {month:,.0f} USD a month"))
+        cached = "usd_per_million_cached_input_tokens"
+        if w.figure(cached, None) is not None:
+            rows.append(("", f"and {_shown(w, cached, to_mean)} per million cached input tokens"))
+        rows.append(("", f"{w.figure('num_gpus'):g} GPUs, {fleet['usd_per_month']:,.0f} USD a month"))
         return rows
 
     def _latency(self) -> list[tuple[str, str]]:
@@ -169,7 +170,7 @@ class CapacityResult:
             rows.append(("" if rows else "latency", text + (f" (level {asked})" if asked else "")))
         rows.append(
             ("service", f"{_shown(w, 'attained', 100)} % of the requests of the worst class within its level "
-                        f"({search.attainment:.0%} asked), over {w.figure('requests'):,.0f} requests")
+                        f"({search.attainment:.0%} asked), over {w.figure('counted_requests'):,.0f} requests")
         )  # fmt: skip
         return rows
 

@@ -243,6 +243,7 @@ def _notes(rows: Sequence[Survivor], scenario: Scenario) -> list[str]:
     search = search_of(scenario)
     if len(search.hardware) > 1 and scenario.price.usd_per_gpu_hour is not None:
         notes.append(
-            "price.usd_per_gpu_hour is one price for all devices; give price.hardware_usd_per_gpu_hour instead"
+            "price.usd_per_gpu_hour is one price for all devices; give price.hardware_usd_per_gpu_hour instead, and "
+            "--set price.usd_per_gpu_hour=null"
         )
     return notes

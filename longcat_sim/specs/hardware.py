@@ -110,13 +110,13 @@ class HardwareSpec(Part):
 
     @property
     def changed(self) -> list[str]:
-        """Figures that a what-if changed, by what factor: ``memory_bandwidth x 1.5``; a new one by its name."""
+        """Figures that a what-if changed, and how: ``memory_bandwidth x 1.5``, ``no l2``; new ones by their names."""
         found = []
-        for name in self._figures():
+        for name in dict.fromkeys([*self.sheet._figures(), *self._figures()]):
             now, before = self._figure(name), self.sheet._figure(name)
-            if now != before:
+            if now != before and name != "price":  # rent has a note of its own
                 is_scaled = isinstance(now, int | float) and isinstance(before, int | float) and before
-                found.append(f"{name} x {now / before:.3g}" if is_scaled else name)
+                found.append(f"{name} x {now / before:.4g}" if is_scaled else f"no {name}" if now is None else name)
         return found
 
     def _figure(self, name: str) -> Any:

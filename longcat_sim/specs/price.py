@@ -47,7 +47,7 @@ class Price(Part):
     usd_per_gpu_hour: float | None = Field(default=None, gt=0)
     """Of any hardware; the hardware profile's price where not given."""
     hardware_usd_per_gpu_hour: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """Prices by hardware name, for a search over several: these go first."""
+    """Prices by hardware name, for a search over several; without effect beside ``usd_per_gpu_hour``."""
     owned: Owned | None = None
     utilisation: float = Field(default=1.0, gt=0, le=1)
     """Share of paid GPU time that serves tokens at the simulated rate."""
@@ -80,7 +80,7 @@ class Price(Part):
             lines["network"] = self.owned._per_hour(self.owned.network_usd_per_gpu)
             lines["other"] = self.owned.other_usd_per_gpu_hour
         else:
-            rent = self.hardware_usd_per_gpu_hour.get(hardware.name) or self.usd_per_gpu_hour or hardware.price
+            rent = self.usd_per_gpu_hour or self.hardware_usd_per_gpu_hour.get(hardware.name) or hardware.price
             if rent is None:
                 raise SpecError(
                     f"price.hardware_usd_per_gpu_hour: expected a price of {hardware.name}, such as "

@@ -27,9 +27,10 @@ from longcat_sim.capacity.sweep import Progress
 from longcat_sim.capacity.traffic import Traffic
 from longcat_sim.capacity.uncertainty import check_draws
 from longcat_sim.errors import CapacityError
+from longcat_sim.specs.price import HOURS_PER_MONTH
 from longcat_sim.specs.scenario import Scenario
 from longcat_sim.studies.engines import StepFunction, budget_notes, pools_of
-from longcat_sim.studies.fleet_figures import fleet_size, highest_rate, is_met, priced, ttft_and_tpot_limits
+from longcat_sim.studies.fleet_figures import fleet_size, highest_rate, is_met, ttft_and_tpot_limits
 from longcat_sim.studies.fleet_search import MORE, MOST_SIMULATED, FleetSearch, is_exact
 from longcat_sim.studies.simulate import LEANING, leans_on
 
@@ -87,12 +88,11 @@ def serving_capacity(
     winner, rows = fleets.run(chosen), fleets.rows
     if winner is None:
         raise _none_keeps_it(rows, scenario)
+    winner, reasons = _reasons(screened, winner, fleets)
     best = scenario.what_if(screened.changes[winner.at])
-    winner.figures = priced(best, winner.figures or {})
-    reasons = _reasons(screened, winner, fleets)
     relied_on = _without_spares(best, search.spare_replicas)
     rate = highest_rate(relied_on, executor, stay_s=winner.figure("stay_s", 0.0))
-    rate |= _fleet(best, search.spare_replicas)
+    rate |= _fleet(best, winner, search.spare_replicas)
     spent = time.perf_counter() - began
     rejected = Rejected()
     rejected.merge(screened.rejected)
@@ -147,13 +147,17 @@ def _without_spares(scenario: Scenario, spare: int) -> Scenario:
     return scenario.what_if({path: fleet_size(scenario, name) - spare for name, path in paths.items()})
 
 
-def _fleet(scenario: Scenario, spare: int) -> dict[str, Any]:
+def _fleet(scenario: Scenario, winner: Survivor, spare: int) -> dict[str, Any]:
+    """Return what the fleet makes and costs under the traffic that it is for. A run of it serves a few per cent more or
+    fewer tokens than that traffic has on average, and so its own price differs."""
     assert scenario.serve is not None
     pools = pools_of(scenario, scenario.serve)
     gpus = sum(fleet_size(scenario, name) * part.deployment.num_gpus for name, part in pools.items())
     traffic = Traffic.of(scenario)
+    rate, usd_per_hour = traffic.requests_per_s * traffic.output_tokens, winner.figure("usd_per_hour")
     return {
-        "output_tokens_per_s": traffic.requests_per_s * traffic.output_tokens, "num_gpus": gpus,
+        "output_tokens_per_s": rate, "num_gpus": gpus, "usd_per_month": usd_per_hour * HOURS_PER_MONTH,
+        "usd_per_million_output_tokens": usd_per_hour / (rate * 3600 / 1e6),
         "replicas": sum(fleet_size(scenario, name) for name in pools), "spare_replicas": spare,
     }  # fmt: skip
 
@@ -232,40 +236,43 @@ def _closest(screened: ScreenedFleets, scenario: Scenario, ttft: float | None, t
     )
 
 
-def _reasons(screened: ScreenedFleets, winner: Survivor, fleets: FleetSearch) -> list[dict[str, Any]]:
-    """Return the best fleets that chose otherwise than the winner, those simulated that the screen alone knows: one
-    that a run shows to miss the level is no alternative."""
-    fleets.is_strict = True
+def _reasons(screened: ScreenedFleets, winner: Survivor, fleets: FleetSearch) -> tuple[Survivor, list[dict[str, Any]]]:
+    """Return the winner and the best fleets that chose otherwise, those simulated that the screen alone knows: one that
+    a run shows to miss the level is no alternative, and one that it shows to be better is the winner."""
     for _ in range(REASON_ROUNDS):
-        fleets.simulate(
-            [at for at in _why(screened, winner, fleets) if at not in {row.at for row in fleets.rows}][:MORE]
-        )
-    found = _why(screened, winner, fleets)
-    fleets.is_strict = False
-    return [row for rows in found.values() for row in rows]
+        done = {row.at for row in fleets.rows}
+        unknown = [at for at in _why(screened, winner, fleets) if at not in done][:MORE]
+        if not unknown:
+            break
+        fleets.simulate(unknown)
+        winner = fleets.run(()) or winner
+    return winner, [row for rows in _why(screened, winner, fleets).values() for row in rows]
 
 
 def _why(screened: ScreenedFleets, winner: Survivor, fleets: FleetSearch) -> dict[int, list[dict[str, Any]]]:
-    """Return, for each choice of the winner, the best fleet that chose otherwise and how much worse it is: of those
-    that a run showed to keep the level, and the screened ones that none ruled out. The rows stand by fleet."""
-    scenario = fleets.scenario
-    objective, sense = objective_of(scenario)
-    values = screened.columns[objective] * sense
+    """Return, for each choice of the winner, the best fleet that chose otherwise and how much worse it is, by fleet."""
+    objective, sense = objective_of(fleets.scenario)
     flat = [_choices(changes) for changes in screened.changes]
-    possible, run = set(fleets.possible(fleets.ranked)), {row.at: row for row in fleets.rows}
-    worth = {at: float(values[at]) for at in possible if values[at] >= values[winner.at]}
-    for at in worth.keys() & run.keys() if not is_exact(objective) else ():
-        worth[at] = run[at].figure(objective) * sense
+    run = {row.at: row for row in fleets.rows}
+
+    def ratio(at: int) -> float:
+        """Return by how much a fleet's objective differs from the winner's, both simulated or both screened."""
+        if at in run and not is_exact(objective):
+            return run[at].figure(objective) / winner.figure(objective)
+        return float(screened.columns[objective][at] / screened.columns[objective][winner.at])
+
+    worse = {at: ratio(at) for at in fleets.alternatives()}
+    worse = {at: found for at, found in worse.items() if at != winner.at and found**sense >= 1 - 1e-9}
     found: dict[int, list[dict[str, Any]]] = {}
     for name, value in flat[winner.at].items():
-        others = [at for at in worth if flat[at].get(name) != value]
+        others = [at for at in worse if flat[at].get(name) != value]
         if not others:
             continue
-        at = min(others, key=lambda one: (worth[one], one not in run))
+        at = min(others, key=lambda one: (worse[one] ** sense, one not in run))
         found.setdefault(at, []).append(
             {
                 "choice": name, "value": flat[at].get(name), "instead_of": value, "deployment": screened.labels[at],
-                "objective": objective, "ratio": worth[at] / worth[winner.at], "is_simulated": at in run,
+                "objective": objective, "ratio": worse[at], "is_simulated": at in run,
             }
         )  # fmt: skip
     return found

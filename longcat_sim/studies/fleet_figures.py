@@ -133,16 +133,18 @@ def simulate_fleet(
     (``LONG_REQUESTS`` in a long run).
 
     ``draw`` 0 is the fit and the scenario's seed, another a draw of calibration, traffic and model error. ``stay_s`` is
-    how long a request stays, where an earlier run told (``stay_s`` of its figures).
+    how long a request stays, where an earlier run told (``stay_s`` of its figures). Prices are as ``simulate`` prints.
     """
     most_requests = LONG_REQUESTS if is_long else most_requests
     run, got, stay_s = _steady_run(scenario, draw, most_requests, stay_s, is_priced, is_long)
     mean = {name: (got[name] or {}) for name in ("ttft_s", "tpot_s", "e2e_s")}
     complete = got["completed"] / max(1, got["requests"])
+    whole = got.get("usd_per_million_output_tokens_all_in")
+    paid = {"usd_per_hour": whole * got["output_tokens_per_s"] * 3600 / 1e6} if whole else {}
     tpot = mean["tpot_s"].get("mean")
     pools = pools_of(scenario, scenario.serve)  # type: ignore[arg-type]
     return {
-        **{name: got[name] for name in got if name.startswith("usd_per_million")},
+        **{name: got[name] for name in got if name.startswith("usd_per_million")}, **paid,
         "tpot_s": tpot, "tpot_p99_s": mean["tpot_s"].get("p99"), "ttft_s": mean["ttft_s"].get("mean"),
         "ttft_p99_s": mean["ttft_s"].get("p99"), "e2e_s": mean["e2e_s"].get("mean"),
         "tokens_per_s_per_user": 1 / tpot if tpot else None, "attained": _attained(got),
@@ -150,7 +152,7 @@ def simulate_fleet(
         "num_gpus": float(sum(fleet_size(scenario, name) * part.deployment.num_gpus for name, part in pools.items())),
         "extrapolated": bool(got["extrapolated"]), "preemptions": float(got["preemptions"]),
         "decode_sequences_per_replica": got["decode_sequences_per_replica"], "stay_s": stay_s,
-        "requests": float(len(run.records)),
+        "requests": float(len(run.records)), "counted_requests": float(got["requests"]),
     }  # fmt: skip
 
 
@@ -201,25 +203,11 @@ def could_meet(figures: Mapping[str, Any], scenario: Scenario) -> bool:
 
 
 def lasting(scenario: Scenario, figures: Mapping[str, Any], draw: int = 0) -> dict[str, Any]:
-    """Return the figures of a short run with the service of a long one."""
+    """Return the figures of a short run, priced as ``simulate`` prints them, with the service of a long one."""
     return {
         **figures,
         **simulate_fleet(scenario, draw=draw, stay_s=figures["stay_s"], is_long=True, is_priced=False),
     }
-
-
-def priced(scenario: Scenario, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the figures with the prices of the whole run that ``simulate`` makes of the scenario; intervals go along.
-
-    Short runs serve a few per cent more or fewer tokens than their traffic has on average.
-    """
-    own, found = serve_once(scenario, 0)[1], dict(figures)
-    for name in (name for name in SPREAD if name.startswith("usd_per_million")):
-        if own.get(name) and figures.get(name):
-            for key in (name, f"{name}_p5", f"{name}_p95"):
-                if key in figures:
-                    found[key] = figures[key] * own[name] / figures[name]
-    return found
 
 
 def _drawn(scenario: Scenario, stay_s: float, draw: int) -> dict[str, Any]:

@@ -49,8 +49,6 @@ class FleetSearch:
     rows: list[Survivor] = field(default_factory=list)
     lasted: set[int] = field(default_factory=set)
     """Fleets that have had a long run."""
-    is_strict: bool = False
-    """Whether a short run that missed the level is taken at its word, however near it came."""
 
     def __post_init__(self) -> None:
         objective, sense = objective_of(self.scenario)
@@ -117,7 +115,7 @@ class FleetSearch:
         if row.figures is None:
             return True
         if row.at not in self.lasted:
-            return not (is_met if self.is_strict else could_meet)(row.figures, self.scenario)
+            return not could_meet(row.figures, self.scenario)
         chance = row.figures.get("probability")
         is_unlikely = chance is not None and chance < search_of(self.scenario).probability
         return is_unlikely or not is_met(row.figures, self.scenario)
@@ -145,9 +143,28 @@ class FleetSearch:
         figures = row.figures
         if figures is None or not self.has_failed(row):
             return []
-        unsure = 0.0 if row.at in self.lasted or self.is_strict else doubt(figures)
-        is_late = figures["missed_ttft"] - unsure > 1 - search_of(self.scenario).attainment
+        return self._late_pools(row, 0.0 if row.at in self.lasted else doubt(figures))
+
+    def _late_pools(self, row: Survivor, unsure: float) -> list[str]:
+        is_late = (row.figures or {})["missed_ttft"] - unsure > 1 - search_of(self.scenario).attainment
         return [pool for pool in self._parts[row.at] if is_late or not pool]
+
+    def alternatives(self) -> list[int]:
+        """Return the fleets that a run showed to keep the level, and those without a run that none ruled out.
+
+        Here a short run that missed is taken at its word, however near it came.
+        """
+        run = {row.at: row for row in self.rows}
+        kept = [at for at, row in run.items() if not self.has_failed(row) and is_met(row.figures or {}, self.scenario)]
+        missed = [
+            (pool, self._parts[at][pool])
+            for at, row in run.items() if at not in kept and row.figures is not None
+            for pool in self._late_pools(row, 0.0)
+        ]  # fmt: skip
+        return kept + [
+            i for i in self.ranked
+            if i not in run and not any(_is_no_larger(self._parts[i][pool], parts) for pool, parts in missed)
+        ]  # fmt: skip
 
 
 def is_exact(objective: str) -> bool:

@@ -95,10 +95,10 @@ def calibrate_published(records: Path, name: str, tables: Path | None = None, ou
     """Fit a profile to published tables (a YAML file of records, and aiconfigurator-core's tables where they are).
 
     Collectives of the records are fitted too; a profile's own stay where the records have none. Returns the times.
-    The fit goes into the profile, or into a copy of it at ``out``.
+    The fit goes into the profile, or into another of the same device at ``out``, made as a copy where there is none.
 
     Raises:
-        SpecError: no profile of that name.
+        SpecError: no profile of that name, or ``out`` is another device's.
         MeasurementError: no table of the device, or too few points.
     """
     from longcat_sim.calibration.published import fit_published, has_op_tables, published_collectives
@@ -107,6 +107,9 @@ def calibrate_published(records: Path, name: str, tables: Path | None = None, ou
     profile = next(folder / f"{name}.yaml" for folder in profile_folders() if (folder / f"{name}.yaml").exists())
     target = out or profile
     check_outputs(files={"--name" if out is None else "--out": target})
+    there = load_hardware(target).device if target.exists() else hardware.device
+    if there != hardware.device:
+        raise SpecError(f"--out {out}: expected a profile of {hardware.device}; got one of {there}; give another path")
     collectives = published_collectives(records, hardware, load_hardware)
     if collectives is None or has_op_tables(name):  # what another version fitted is replaced
         times = fit_published(hardware, kernels=records, tables=tables)

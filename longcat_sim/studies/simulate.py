@@ -132,7 +132,11 @@ def _price_notes(parts: Iterable[Scenario]) -> list[str]:
     notes = []
     for part in parts:
         given, own = part.price.usd_per_gpu_hour, part.hardware.price
-        if part.hardware.name in part.price.hardware_usd_per_gpu_hour:
+        if given is not None and part.price.hardware_usd_per_gpu_hour:
+            notes.append(
+                f"price: {given:.4g} USD per GPU-hour is the scenario's for any hardware; hardware_usd_per_gpu_hour "
+                "has no effect beside it: --set price.usd_per_gpu_hour=null"
+            )
             continue
         if given is not None and own is not None and abs(given / own - 1) > 0.01:
             notes.append(

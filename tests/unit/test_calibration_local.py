@@ -43,6 +43,15 @@ def test_targets_that_share_their_neighbours_are_guessed_as_if_alone() -> None:
         assert guess == pytest.approx(weights @ values[near], abs=2e-5)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_fewer_points_than_neighbours_are_all_taken(count: int) -> None:
+    points = np.log2(np.stack(grid(3, 3), axis=-1))[:count]
+    values = np.linspace(0.1, 0.5, count)
+    assert krige(points, values, points, SMOOTH) == pytest.approx(values, abs=1e-4)
+    assert krige(points, values, points[:0], SMOOTH).shape == (0,)
+    assert values.min() - 0.1 <= krige(points, values, points[:1] + 0.3, SMOOTH)[0] <= values.max() + 0.1
+
+
 def test_lengths_tell_a_coordinate_that_matters_from_one_that_does_not() -> None:
     rng = np.random.default_rng(0)
     points = np.log2(np.stack(grid(20, 20), axis=-1))

@@ -1,5 +1,8 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 from longcat_sim.calibration import OpTimes, Roofline, write_fit
 from longcat_sim.calibration.laws import Device
@@ -68,6 +71,15 @@ def test_a_fit_is_the_same_however_many_cores_share_it(monkeypatch: pytest.Monke
         fits.append(OpTimes.fit(found, HARDWARE, draws=4).to_fit())
     assert fits[0] == fits[1]
     assert len(fits[0]["laws"]) == 4
+
+
+def test_two_fits_at_once_leave_the_threads_of_the_process_as_they_were() -> None:
+    before = [pool["num_threads"] for pool in threadpool_info()]
+    few = rows()[::9]
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(lambda seed: OpTimes.fit(few, HARDWARE, draws=2, seed=seed).to_fit(), (0, 0))
+    assert one == other
+    assert [pool["num_threads"] for pool in threadpool_info()][: len(before)] == before
 
 
 def test_one_and_many_agree(times: OpTimes) -> None:

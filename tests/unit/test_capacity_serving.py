@@ -121,12 +121,20 @@ def test_nothing_that_was_simulated_and_kept_the_level_is_better_than_the_winner
         assert all(row["keeps_level"] == (row["deployment"] in kept) for row in result.pareto)
 
 
-def test_the_answers_prices_are_those_that_simulate_prints(base: Scenario) -> None:
-    case = base.what_if({"search.num_gpus": [1], "search.tp_size": [1]})
-    result = serving_capacity(case)
-    own = simulate(case.what_if(result.winner.screened["changes"])).figures
-    for name in ("input_tokens", "output_tokens", "output_tokens_all_in"):
-        assert result.winner.figure(f"usd_per_million_{name}") == pytest.approx(own[f"usd_per_million_{name}"])
+def test_what_the_answer_costs_is_its_month_over_the_tokens_of_its_traffic(base: Scenario) -> None:
+    """However few requests the scenario has: 300 of them are mostly the filling of a fleet."""
+    for changes in ({}, {"serve.workload.num_requests": 300, "serve.workload.warm_up": "1 s"}):
+        case = base.what_if({"search.num_gpus": [1], "search.tp_size": [1], **changes})
+        result = serving_capacity(case)
+        fleet, winner = result.max_rate_at_slo, result.winner
+        rent = case.usd_per_gpu_hour * winner.figure("num_gpus")
+        assert fleet["usd_per_month"] == pytest.approx(rent * 8766 / 12, rel=1e-6)
+        whole = rent / (fleet["output_tokens_per_s"] * 3600 / 1e6)
+        assert fleet["usd_per_million_output_tokens"] == pytest.approx(whole, rel=1e-6)
+        assert f"cost        {whole:.4g} " in str(result)
+        assert winner.screened["deployment"] in {row["deployment"] for row in result.pareto}
+        # a run of a few thousand requests serves about as many tokens as its traffic has on average
+        assert winner.figure("usd_per_million_output_tokens_all_in") == pytest.approx(whole, rel=0.1)
 
 
 def test_a_first_token_below_the_physical_limit_says_the_limit(base: Scenario) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from longcat_sim.calibration import OpTimes
+from longcat_sim.errors import SpecError
 from longcat_sim.ops import op
 from longcat_sim.specs.hardware import hardware_names, load_hardware
 
@@ -103,6 +104,11 @@ def test_calibrate_writes_the_collectives_of_a_device_without_op_tables(
     before = (folder / "mi300x.yaml").read_bytes()
     calibrate_published(SHARED / "reference" / "kernels.yaml", "mi300x", out=tmp_path / "copy.yaml")
     assert (tmp_path / "copy.yaml").read_bytes() == before == (folder / "mi300x.yaml").read_bytes()
+    other = tmp_path / "other.yaml"
+    other.write_bytes(packaged.with_name("a100-sxm.yaml").read_bytes())
+    with pytest.raises(SpecError, match=r"--out .*: expected a profile of AMD .*; got one of NVIDIA A100"):
+        calibrate_published(SHARED / "reference" / "kernels.yaml", "mi300x", out=other)
+    assert other.read_bytes() == packaged.with_name("a100-sxm.yaml").read_bytes()
 
 
 @pytest.mark.parametrize("splits", [("random",), ("largest", "dimension")], ids=["between", "beyond"])

@@ -177,8 +177,11 @@ def test_the_search_prints_the_price_that_simulate_prints(tmp_path, capsys: pyte
         assert capacity["winner"]["simulated"][name] == pytest.approx(simulated[name], rel=1e-12)
 
 
-def test_a_devices_own_price_goes_before_the_price_of_any() -> None:
-    prices = {"usd_per_gpu_hour": 2.5, "hardware_usd_per_gpu_hour": {"h200-sxm": 4.0}}
-    case = scenario({**SHARED, "price": prices})
+def test_a_devices_price_without_effect_is_said() -> None:
+    prices = {"usd_per_gpu_hour": 2.5, "hardware_usd_per_gpu_hour": {"h100-sxm": 4.0}}
+    case = scenario({**SHARED, "price": prices, "draws": 1})
     assert case.usd_per_gpu_hour == 2.5
-    assert case.what_if({"hardware": "h200-sxm"}).usd_per_gpu_hour == 4.0
+    assert any("has no effect beside it" in note for note in simulate(case).notes)
+    own = case.what_if({"price.usd_per_gpu_hour": None})
+    assert own.usd_per_gpu_hour == 4.0
+    assert not any("no effect" in note for note in simulate(own).notes)

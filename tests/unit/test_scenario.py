@@ -254,8 +254,9 @@ def test_a_fault_names_a_pool_that_there_is(write) -> None:
 def test_what_a_what_if_changed_of_a_data_sheet_is_said() -> None:
     case = scenario("longcat-flash-h800-decode")
     assert case.hardware.changed == []
-    wider = case.what_if({"hardware.memory_bandwidth": "6.7 TB/s", "hardware.scale_up.domain_size": 72})
+    wider = case.what_if({"hardware.memory_bandwidth": "6.704 TB/s", "hardware.scale_up.domain_size": 72})
     assert wider.hardware.changed == ["memory_bandwidth x 2", "scale_up.domain_size x 9"]
+    assert case.what_if({"hardware.l2": None, "hardware.price": "9 USD/h"}).hardware.changed == ["no l2"]
 
 
 def test_an_overlap_that_a_step_is_too_small_for_names_its_place() -> None:
