@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from decimal import Decimal
 
@@ -73,7 +74,10 @@ def parse(text: object, dimension: str) -> float:
     found, factor = UNITS[match[2]]
     if found != dimension:
         raise ValueError(f"{hint}; got {text!r}, which is in {found}; use a unit of {dimension}")
-    return float(Decimal(match[1]) * factor)
+    value = float(Decimal(match[1]) * factor)
+    if math.isinf(value):
+        raise ValueError(f"{hint}; got {text!r}; give a finite one")
+    return value
 
 
 def show(value: float, dimension: str) -> str:

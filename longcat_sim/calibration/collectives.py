@@ -15,7 +15,7 @@ import numpy as np
 
 from longcat_sim.calibration.collective_curves import Curve, fit_curves
 from longcat_sim.calibration.importers.exchange import Point
-from longcat_sim.calibration.roofline import Roofline, link_passes, link_shares
+from longcat_sim.calibration.roofline import COLLECTIVE_FLOOR_S, Roofline, link_passes, link_shares
 from longcat_sim.ops.op import FloatArray, Op, OpArrays, ResourceShares, Tag
 from longcat_sim.specs.hardware import HardwareSpec
 
@@ -181,19 +181,22 @@ class CollectiveTimes:
 
     def _scaled(self, curve: Curve) -> Curve:
         """Return the curve on the links of now: what the wire took of each point takes as much longer or shorter as
-        they do, the rest (copies, protocol) stays. A larger message takes no less, and beyond the last point it takes
-        longer as the wire does."""
+        they do, the rest (copies, protocol) stays, but for one latency. A larger message takes no less, and beyond the
+        last point it takes longer as the wire does."""
         key = curve.kind, curve.variant, curve.ranks
         if key not in self._moved:
             now, then = self._wire_s(curve.kind, curve.ranks), self._measured_wire_s(curve.kind, curve.ranks)
-            if now is None or then is None or now == then:
+            link = "scale_up" if curve.ranks <= self.hardware.domain_size else "scale_out"
+            later_s = _latency_s(self.hardware, link) - _latency_s(self.hardware.sheet, link)
+            if now is None or then is None or (now == then and not later_s):
                 self._moved[key] = curve
             else:
                 size = np.array([*curve.bytes, FAR * max(curve.bytes[-1], 1.0)])
                 seconds = curve.at(size)
                 floor_s = curve.floor_s if len(curve.bytes) > 1 else 0.0
                 wire = np.minimum(then * size, np.maximum(seconds - floor_s, 0.0))
-                moved = np.maximum.accumulate(seconds - wire + wire * (now / then))
+                moved = np.maximum(seconds - wire + later_s, 0.0) + wire * (now / then)
+                moved = np.maximum.accumulate(moved)
                 self._moved[key] = replace(curve, bytes=tuple(size), seconds=tuple(moved))
         return self._moved[key]
 
@@ -355,6 +358,11 @@ def _links(hardware: HardwareSpec) -> dict[str, float]:
     """Return the bandwidth of each link."""
     found = {"scale_up": hardware.scale_up, "scale_out": hardware.scale_out}
     return {name: float(link.bandwidth) for name, link in found.items() if link is not None}
+
+
+def _latency_s(hardware: HardwareSpec, name: str) -> float:
+    link = hardware.scale_up if name == "scale_up" else hardware.scale_out
+    return (link.latency if link else None) or COLLECTIVE_FLOOR_S
 
 
 def _wire_s(kind: str, ranks: float, hardware: HardwareSpec, bandwidths: Mapping[str, float]) -> float | None:

@@ -34,8 +34,8 @@ from longcat_sim.studies.fleet_figures import fleet_size, highest_rate, is_met, 
 from longcat_sim.studies.fleet_search import MORE, MOST_SIMULATED, FleetSearch, is_exact
 from longcat_sim.studies.simulate import LEANING, leans_on
 
-REASON_ROUNDS = 3
-"""Times that the screened alternatives to a winner are simulated, up to ``MORE`` at once."""
+REASON_ROUNDS = 5
+"""Times that alternatives to a winner are simulated, up to ``MORE`` at once."""
 FRONT = {"usd_per_million_output_tokens_all_in": 1, "tpot_s": 1, "ttft_s": 1}
 
 
@@ -237,14 +237,15 @@ def _closest(screened: ScreenedFleets, scenario: Scenario, ttft: float | None, t
 
 
 def _reasons(screened: ScreenedFleets, winner: Survivor, fleets: FleetSearch) -> tuple[Survivor, list[dict[str, Any]]]:
-    """Return the winner and the best fleets that chose otherwise, those simulated that the screen alone knows: one that
-    a run shows to miss the level is no alternative, and one that it shows to be better is the winner."""
+    """Return the winner and the best fleets that chose otherwise, simulated as long as it was: one that a run shows to
+    miss the level is no alternative, and one that it shows to be better is the winner."""
     for _ in range(REASON_ROUNDS):
-        done = {row.at for row in fleets.rows}
-        unknown = [at for at in _why(screened, winner, fleets) if at not in done][:MORE]
-        if not unknown:
+        named, run = _why(screened, winner, fleets), {row.at: row for row in fleets.rows}
+        unknown = [at for at in named if at not in run][:MORE]
+        if not unknown and fleets.lasted.issuperset(named):
             break
         fleets.simulate(unknown)
+        fleets.run_long([run[at] for at in named if at in run and at not in fleets.lasted][:MORE])
         winner = fleets.run(()) or winner
     return winner, [row for rows in _why(screened, winner, fleets).values() for row in rows]
 
@@ -261,7 +262,7 @@ def _why(screened: ScreenedFleets, winner: Survivor, fleets: FleetSearch) -> dic
             return run[at].figure(objective) / winner.figure(objective)
         return float(screened.columns[objective][at] / screened.columns[objective][winner.at])
 
-    worse = {at: ratio(at) for at in fleets.alternatives()}
+    worse = {at: ratio(at) for at in fleets.possible(fleets.ranked)}
     worse = {at: found for at, found in worse.items() if at != winner.at and found**sense >= 1 - 1e-9}
     found: dict[int, list[dict[str, Any]]] = {}
     for name, value in flat[winner.at].items():
@@ -272,7 +273,7 @@ def _why(screened: ScreenedFleets, winner: Survivor, fleets: FleetSearch) -> dic
         found.setdefault(at, []).append(
             {
                 "choice": name, "value": flat[at].get(name), "instead_of": value, "deployment": screened.labels[at],
-                "objective": objective, "ratio": worse[at], "is_simulated": at in run,
+                "objective": objective, "ratio": worse[at], "is_simulated": at in fleets.lasted,
             }
         )  # fmt: skip
     return found

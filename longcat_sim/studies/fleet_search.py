@@ -103,7 +103,10 @@ class FleetSearch:
         kept = (at for at, row in enumerate(leading) if is_met(row.figures or {}, self.scenario))
         first = next(kept, len(leading))
         rows = [row for row in leading[max(0, first - 1) : first + 1] if row.at not in self.lasted]
-        rows = rows[:1] if self.executor is None else rows
+        self.run_long(rows[:1] if self.executor is None else rows)
+
+    def run_long(self, rows: Sequence[Survivor]) -> None:
+        """Give fleets the service of a long run."""
         fleets = [self.scenario.what_if(row.screened["changes"]) for row in rows]
         run = self.executor.map if self.executor is not None else map
         for row, figures in zip(rows, run(lasting, fleets, [row.figures or {} for row in rows]), strict=True):
@@ -143,28 +146,9 @@ class FleetSearch:
         figures = row.figures
         if figures is None or not self.has_failed(row):
             return []
-        return self._late_pools(row, 0.0 if row.at in self.lasted else doubt(figures))
-
-    def _late_pools(self, row: Survivor, unsure: float) -> list[str]:
-        is_late = (row.figures or {})["missed_ttft"] - unsure > 1 - search_of(self.scenario).attainment
+        unsure = 0.0 if row.at in self.lasted else doubt(figures)
+        is_late = figures["missed_ttft"] - unsure > 1 - search_of(self.scenario).attainment
         return [pool for pool in self._parts[row.at] if is_late or not pool]
-
-    def alternatives(self) -> list[int]:
-        """Return the fleets that a run showed to keep the level, and those without a run that none ruled out.
-
-        Here a short run that missed is taken at its word, however near it came.
-        """
-        run = {row.at: row for row in self.rows}
-        kept = [at for at, row in run.items() if not self.has_failed(row) and is_met(row.figures or {}, self.scenario)]
-        missed = [
-            (pool, self._parts[at][pool])
-            for at, row in run.items() if at not in kept and row.figures is not None
-            for pool in self._late_pools(row, 0.0)
-        ]  # fmt: skip
-        return kept + [
-            i for i in self.ranked
-            if i not in run and not any(_is_no_larger(self._parts[i][pool], parts) for pool, parts in missed)
-        ]  # fmt: skip
 
 
 def is_exact(objective: str) -> bool:

@@ -36,8 +36,19 @@ def calibrate(measurements: Path, name: str, out: Path | None = None, *, draws: 
     """
     target = out or Path("hardware_profiles") / f"{name}.yaml"
     check_outputs(files={"--out": target})
-    rows = load_measurements(measurements)
+    rows, is_new = load_measurements(measurements), not target.exists()
     hardware = _sheet(name, target, rows.environment)
+    try:
+        times = _fitted(rows, hardware, draws, seed)
+    except BaseException:
+        if is_new:  # a data sheet without a fit
+            target.unlink(missing_ok=True)
+        raise
+    write_fit(target, times.to_fit())
+    return times
+
+
+def _fitted(rows: Measurements, hardware: HardwareSpec, draws: int, seed: int) -> OpTimes:
     collectives, left_out = measured_collectives(rows, hardware)
     if collectives is not None and hardware.fit and all(row.is_contention or row.op.is_collective for row in rows):
         times = OpTimes.from_hardware(hardware)
@@ -53,7 +64,6 @@ def calibrate(measurements: Path, name: str, out: Path | None = None, *, draws: 
     together = slowdowns(rows, times, hardware, own_cores=rows.environment.kind == "cpu")
     if together:
         times.provenance["contention"] = summary(together)
-    write_fit(target, times.to_fit())
     return times
 
 

@@ -168,7 +168,7 @@ class ServeOutcome:
         batch = f"{got['decode_sequences_per_replica']:.4g}"
         rows.append(
             (
-                "sequences decoded at once, mean",
+                "sequences decoding or waiting to, mean",
                 batch,
                 "of a decode replica" if len(self._parts()) > 1 else "of a replica",
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -227,10 +228,28 @@ def test_the_rate_of_a_trace_is_judged_over_the_trace(base: Scenario, tmp_path: 
     path.write_text("\n".join(lines))
     trace = {"serve.workload": {"trace": str(path), "format": "jsonl"}, "serve.replicas": 2}
     fleet = base.what_if(trace)
-    assert is_met(simulate_fleet(fleet, is_long=True), fleet)
+    assert is_met(simulate_fleet(fleet, times_long=1), fleet)
     rate = highest_rate(fleet, rtol=0.1)
     assert rate["attained"] >= 0.95
     assert rate["requests_per_s"] >= Traffic.of(fleet).requests_per_s
+
+
+@pytest.mark.slow
+def test_a_decode_pool_that_only_just_holds_its_sequences_keeps_no_level() -> None:
+    """At 95 requests/s one pool of 32 GPUs decodes 2,041 of 2,048 sequences over 16,000 requests, most within their
+    level; over 80,000 the queue behind it grows. Two pools of 16 cost the same."""
+    case = scenario("longcat-flash-serve-capacity", {"draws": 1, "serve.workload.arrivals.rate": "95 /s"})
+
+    def pool(replicas: int, gpus: int) -> dict[str, Any]:
+        sizes = {"num_gpus": gpus, "ep_size": gpus, "tp_size": 1, "dense_tp_size": 4, "overlap": "sbo"}
+        return {"replicas": replicas, "deployment": sizes}
+
+    one, two = (
+        simulate_fleet(case.what_if({"serve.prefill": pool(8, 16), "serve.decode": decode}), times_long=1)
+        for decode in (pool(1, 32), pool(2, 16))
+    )
+    assert one["attained"] < 0.9
+    assert two["attained"] > 0.94
 
 
 @pytest.mark.slow

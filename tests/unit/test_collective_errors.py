@@ -195,6 +195,26 @@ def test_a_lent_table_is_scaled_smoothly_and_never_slower_on_a_faster_link() -> 
         assert (np.divide(times[:-1], times[1:]) < 1.13).all(), (link, ranks)
 
 
+def test_a_link_that_waits_longer_delays_every_collective_over_it() -> None:
+    base = scenario("longcat-flash-h800-decode")
+    far = op("combine", variant="low_latency", message_bytes=2e6, ranks=128)
+    near = op("all_gather", message_bytes=1e6, ranks=8)
+
+    def seconds(**latency: str) -> list[float]:
+        changed = base.what_if({f"hardware.{link}.latency": value for link, value in latency.items()})
+        times = OpTimes.from_hardware(changed.hardware)
+        return [times.seconds(far), times.seconds(near)]
+
+    before = seconds()
+    out, up = base.hardware.scale_out, base.hardware.scale_up
+    assert out is not None
+    assert up is not None
+    later = seconds(scale_out=f"{out.latency * 1e6 + 50} us", scale_up=f"{up.latency * 1e6 + 20} us")
+    assert np.subtract(later, before) == pytest.approx([50e-6, 20e-6], rel=1e-6)
+    # at none of it, what the wire takes is left
+    assert all(0 < now < then for now, then in zip(seconds(scale_out="1 ns", scale_up="1 ns"), before, strict=True))
+
+
 def test_links_that_differ_widen_what_is_lent() -> None:
     faster = spread_of("b200-sxm", 32, {"hardware.scale_out.bandwidth": "90 GB/s"})
     assert faster == pytest.approx(

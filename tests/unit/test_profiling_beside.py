@@ -208,6 +208,7 @@ def test_a_file_of_collectives_alone_leaves_the_laws_and_one_without_leaves_the_
     mine = h100 / "mine.yaml"
     with pytest.raises(MeasurementError, match="expected measurements of ops alone; got none"):
         calibrate(h100 / "collectives.jsonl", "mine", mine)
+    assert not mine.exists()  # nor a data sheet alone, which a scenario would take for a device
     calibrate(h100 / "ops.jsonl", "mine", mine, draws=2)
     before = load_hardware(mine).fit["laws"]
     calibrate(h100 / "collectives.jsonl", "mine", mine)

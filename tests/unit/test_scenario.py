@@ -265,3 +265,8 @@ def test_an_overlap_that_a_step_is_too_small_for_names_its_place() -> None:
         ScheduleError, match=r"longcat-flash-h800-decode.*: deployment\.overlap: tbo cuts a step into 2"
     ):
         simulate(scenario("longcat-flash-h800-decode", small))
+
+
+def test_a_figure_beyond_all_numbers_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"hardware\.peak\.bf16: .*got '1e400 TFLOP/s'; give a finite one"):
+        scenario("longcat-flash-h800-decode", {"hardware.peak.bf16": "1e400 TFLOP/s"})
