@@ -14,7 +14,10 @@ def run(
     out: Annotated[Path | None, typer.Option(help="The profile; hardware_profiles/NAME.yaml where not given.")] = None,
     tables: Annotated[Path | None, typer.Option(help="With records: aiconfigurator-core's table folder.")] = None,
 ) -> None:
-    """Fit operator times to measurements and write them into a hardware profile."""
+    """Fit operator times to measurements and write them into a hardware profile.
+
+    Lines that cannot be read are left out and named; a file with more than 5 % of them is refused.
+    """
     from longcat_sim.cli.output import say
     from longcat_sim.records.measurement import load_measurements, skipped_lines
     from longcat_sim.studies.measure import calibrate, calibrate_published, error_table

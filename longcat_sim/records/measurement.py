@@ -196,7 +196,10 @@ def skipped_lines(skipped: Sequence[tuple[int, str]]) -> str:
         return ""
     shown = "; ".join(f"line {number}: {reason}" for number, reason in skipped[:3])
     more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-    return f"; {len(skipped)} lines could not be read and were left out ({shown}{more})"
+    what = (
+        "1 line could not be read and was" if len(skipped) == 1 else f"{len(skipped)} lines could not be read and were"
+    )
+    return f"; {what} left out ({shown}{more})"
 
 
 def _op_to_json(item: Op) -> dict[str, Any]:
