@@ -186,7 +186,7 @@ class CollectiveTimes:
         key = curve.kind, curve.variant, curve.ranks
         if key not in self._moved:
             now, then = self._wire_s(curve.kind, curve.ranks), self._measured_wire_s(curve.kind, curve.ranks)
-            link = "scale_up" if curve.ranks <= self.hardware.domain_size else "scale_out"
+            link = self.hardware.link_over(curve.ranks)
             later_s = _latency_s(self.hardware, link) - _latency_s(self.hardware.sheet, link)
             if now is None or then is None or (now == then and not later_s):
                 self._moved[key] = curve
@@ -361,7 +361,7 @@ def _links(hardware: HardwareSpec) -> dict[str, float]:
 
 
 def _latency_s(hardware: HardwareSpec, name: str) -> float:
-    link = hardware.scale_up if name == "scale_up" else hardware.scale_out
+    link = getattr(hardware, name)
     return (link.latency if link else None) or COLLECTIVE_FLOOR_S
 
 

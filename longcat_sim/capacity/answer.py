@@ -104,7 +104,7 @@ class CapacityResult:
             others.setdefault(row["deployment"], []).append(row)
         for deployment, rows in others.items():
             choices = ", ".join(f"{row['choice']} {row['value']}" for row in rows)
-            how = "" if rows[0].get("is_simulated", True) else " (screened only)"
+            how = "" if rows[0].get("is_simulated", True) else " (without a long run)"
             lines.append(f"  {rows[0]['ratio']:.3g} x with {choices}: {deployment}{how}")
         if not self.why:
             lines.append("  nothing else was possible")

@@ -129,6 +129,10 @@ class HardwareSpec(Part):
         """Devices that the scale-up link joins, such as the 8 of a node; 1 without one."""
         return self.scale_up.domain_size if self.scale_up else 1
 
+    def link_over(self, ranks: float) -> str:
+        """Name of the link that a collective over so many ranks waits for: ``scale_up`` or ``scale_out``."""
+        return "scale_up" if ranks <= self.domain_size else "scale_out"
+
     @property
     def has_kernel_gaps(self) -> bool:
         """Whether time passes between two kernels that op times leave out: on everything but a CPU (one core a

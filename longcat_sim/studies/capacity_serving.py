@@ -13,6 +13,7 @@ import numpy as np
 from longcat_sim.capacity.answer import CapacityResult, Survivor
 from longcat_sim.capacity.candidates import Rejected, search_of, shapes
 from longcat_sim.capacity.op_times import op_times_of
+from longcat_sim.capacity.price import usd_per_million_tokens
 from longcat_sim.capacity.reasons import step_elasticities, time_goes_with
 from longcat_sim.capacity.screen import check_reachable, objective_of, pareto, tpot_limit_s
 from longcat_sim.capacity.screen_serving import (
@@ -35,7 +36,7 @@ from longcat_sim.studies.fleet_search import MORE, MOST_SIMULATED, FleetSearch, 
 from longcat_sim.studies.simulate import LEANING, leans_on
 
 REASON_ROUNDS = 5
-"""Times that alternatives to a winner are simulated, up to ``MORE`` at once."""
+"""Times that alternatives to a winner are simulated, up to ``MORE`` at once. Assumed."""
 FRONT = {"usd_per_million_output_tokens_all_in": 1, "tpot_s": 1, "ttft_s": 1}
 
 
@@ -157,7 +158,7 @@ def _fleet(scenario: Scenario, winner: Survivor, spare: int) -> dict[str, Any]:
     rate, usd_per_hour = traffic.requests_per_s * traffic.output_tokens, winner.figure("usd_per_hour")
     return {
         "output_tokens_per_s": rate, "num_gpus": gpus, "usd_per_month": usd_per_hour * HOURS_PER_MONTH,
-        "usd_per_million_output_tokens": usd_per_hour / (rate * 3600 / 1e6),
+        "usd_per_million_output_tokens": usd_per_million_tokens(usd_per_hour, rate),
         "replicas": sum(fleet_size(scenario, name) for name in pools), "spare_replicas": spare,
     }  # fmt: skip
 

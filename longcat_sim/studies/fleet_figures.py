@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from longcat_sim.capacity.candidates import search_of
 from longcat_sim.capacity.fleet import Rate, max_rate
+from longcat_sim.capacity.price import MILLION, SECONDS_PER_HOUR
 from longcat_sim.capacity.traffic import Traffic
 from longcat_sim.capacity.uncertainty import chance_of
 from longcat_sim.errors import CapacityError
@@ -36,7 +37,8 @@ and 2,000 see little of it (``test_headroom_lasts``). Assumed."""
 FULL, TIMES_LONGER = 0.9, 5
 """Share of the places of a replica's batch, on average, beyond which 16,000 requests are too few, and how many times as
 many tell: at 95 requests/s one decode replica of 32 H800 filled 2,041 of its 2,048 places and kept its level in 16,000
-requests, and for the queue behind them missed it in 80,000 (76 % within it)."""
+requests, and for the queue behind them missed it in 80,000 (``test_a_decode_pool_that_only_just_holds_its_sequences``).
+Assumed."""
 MOST_RATE_DRAWS = 8
 """Draws in which the highest rate is sought anew: each takes about five runs."""
 RATE_STEP = 1.25
@@ -142,15 +144,16 @@ def simulate_fleet(
     most_requests = times_long * LONG_REQUESTS or most_requests
     run, got, stay_s = _steady_run(scenario, draw, most_requests, stay_s, is_priced, times_long)
     if times_long == 1 and scenario.search is not None and _attained(got) >= scenario.search.attainment:
-        places = run.serve.scheduler.max_num_seqs
-        if not got["unstable"] and got["decode_sequences_per_replica"] > FULL * places:
+        is_full = got["decode_sequences_per_replica"] > FULL * run.serve.scheduler.max_num_seqs
+        is_whole = run.serve.workload.trace is not None and len(run.records) < most_requests  # a trace has no more
+        if is_full and not is_whole and not got["unstable"]:
             run, got, stay_s = _steady_run(
                 scenario, draw, TIMES_LONGER * most_requests, stay_s, is_priced, TIMES_LONGER
             )
     mean = {name: (got[name] or {}) for name in ("ttft_s", "tpot_s", "e2e_s")}
     complete = got["completed"] / max(1, got["requests"])
     whole = got.get("usd_per_million_output_tokens_all_in")
-    paid = {"usd_per_hour": whole * got["output_tokens_per_s"] * 3600 / 1e6} if whole else {}
+    paid = {"usd_per_hour": whole * got["output_tokens_per_s"] * SECONDS_PER_HOUR / MILLION} if whole else {}
     tpot = mean["tpot_s"].get("mean")
     pools = pools_of(scenario, scenario.serve)  # type: ignore[arg-type]
     return {

@@ -82,7 +82,7 @@ def measured_collectives(rows: Measurements, hardware: HardwareSpec) -> tuple[Co
         if row.is_contention or not row.op.is_collective:
             continue
         name, ranks = " ".join(filter(None, (row.op.kind, row.op.variant))), row.op["ranks"]
-        link = "scale_up" if ranks <= hardware.domain_size else "scale_out"
+        link = hardware.link_over(ranks)
         if rows.environment.kind == "cpu":
             left_out["collectives (between processes of a CPU, not between devices)"] += 1
         elif row.op.variant not in get_args(Variant):

@@ -137,7 +137,7 @@ def test_a_search_that_ends_too_early_says_what_may_be_better(base: Scenario, mo
 def test_what_a_winner_is_compared_with_keeps_the_level(
     base: Scenario, needed: float, noise: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And of each other choice it is the cheapest, unless it is marked as screened only."""
+    """And of each other choice it is the cheapest, unless it is marked as without a long run."""
     service = Service({"prefill": needed, "decode": 30.0}, noise)
     size, search = searched(base, (16, 32), service, monkeypatch)
     best = search.run(())
