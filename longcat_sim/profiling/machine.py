@@ -65,7 +65,7 @@ def _peaks(device: torch.device) -> dict[str, float]:
     clock, rates = Clock(device), {}
     for name, dtype in kinds.items():
         pair = torch.randn(2, size, size, device=device, dtype=dtype)
-        rates[name] = 2.0 * size**3 / min(clock.sample(partial(torch.matmul, *pair), 0.5))
+        rates[name] = 2.0 * size**3 / min(clock.sample(partial(torch.matmul, *pair), 0.5).flat)
     return rates
 
 
@@ -73,7 +73,7 @@ def _bandwidth(device: torch.device) -> float:
     """Return bytes read and written per second by a large copy."""
     source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    return 2.0 * source.nbytes / min(Clock(device).sample(lambda: target.copy_(source), 0.5))
+    return 2.0 * source.nbytes / min(Clock(device).sample(lambda: target.copy_(source), 0.5).flat)
 
 
 def _memory(device: torch.device) -> int:

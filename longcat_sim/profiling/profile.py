@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from longcat_sim.errors import MeasurementError
@@ -17,7 +18,7 @@ from longcat_sim.profiling.environment import here
 from longcat_sim.profiling.kernels import BUILDERS, Timed
 from longcat_sim.profiling.place import TORCH_DTYPES, Place
 from longcat_sim.profiling.suites import DENSE, FULL, SUITES, Grid, reuse_bytes, suite_ops
-from longcat_sim.profiling.timing import Clock, Samples, first_line, measurement, steady
+from longcat_sim.profiling.timing import Clock, Samples, first_line, measurement, merged, steady, usual_pace
 from longcat_sim.records.measurement import (
     UNSTABLE_SPREAD,
     Environment,
@@ -57,6 +58,8 @@ class Profiled(Sequence[Measurement]):
     """Points and steps that were measured now; the others were in the file."""
     skipped: Sequence[tuple[int, str]] = ()
     """(line, reason) of what could not be read of a file that was resumed, and is measured again."""
+    paces: Sequence[float] = ()
+    """Seconds of a CPU's probe in each round."""
     failed: dict[str, str] = field(default_factory=dict)
     """Kind of op with its dtype, or suite -> what the library said when one could not run."""
 
@@ -83,6 +86,9 @@ class Profiled(Sequence[Measurement]):
         text += f" (spread over {UNSTABLE_SPREAD:.0%})" if unstable else ""
         if self.fresh < len(self.rows):
             text += f"; {self.fresh} of them new"
+        if self.paces and self.environment.pace_s:
+            low, high = (self.environment.pace_s / np.quantile(self.paces, share) for share in (0.9, 0.1))
+            text += f"; the machine ran at {low:.2f} to {high:.2f} of the pace to which times are scaled"
         text += skipped_lines(self.skipped)
         if self.dropped:
             kinds = sorted({item.kind for _, item in self.dropped})
@@ -122,8 +128,9 @@ def profile(
 ) -> Profiled:
     """Return measurements of the suites' ops at the sizes that steps of ``spec`` need, within ``budget_s``.
 
-    Points are taken in rounds, so that drift falls on all alike; a point whose spread stays large is measured again
-    and then marked. Points of ``resume`` are kept. ``out`` is written after each round. One thread on a CPU.
+    Points are taken in rounds, so that drift falls on all alike; on a CPU each round is scaled to the file's pace, the
+    usual one of the first run; a point whose spread stays large is measured again and then marked. Points of
+    ``resume`` are kept. ``out`` is written after each round. One thread on a CPU.
 
     Raises:
         MeasurementError: an unknown suite or device, or a file to resume from another device.
@@ -173,6 +180,8 @@ class _Run:
         self.steps: tuple[StepMeasurement, ...] = ()
         self.broken: set[Op] = set()
         """Points that do not run here."""
+        self.samples: dict[Op, list[Samples]] = {}
+        self.is_resumed = False
 
     def measure(self, names: list[str], grid: Grid, dtype: str, resume: str | Path | None) -> Profiled:
         """Measure all rounds of all suites."""
@@ -181,11 +190,13 @@ class _Run:
             before = load_measurements(resume)
             check_same_device(resume, before.environment, self.result.environment)
             kept, self.steps, self.result.skipped = list(before), before.steps, before.skipped
+            self.is_resumed = any(not row.is_contention and not row.op.is_collective for row in kept)
+            self.result.environment = replace(self.result.environment, pace_s=before.environment.pace_s)
         known = {row.op for row in kept if not row.is_contention}
         points = [(suite, item) for suite in names for item in suite_ops(suite, self.spec, grid, dtype)]
         points = list({item: (suite, item) for suite, item in points if item not in known}.values())
         self.dtype = dtype
-        samples: dict[Op, list[Samples]] = {item: [] for _, item in points}
+        self.samples = {item: [] for _, item in points}
         total = max(1, len(points) * ROUNDS)
         # every point once, then again: what the box cuts off is repetitions first, points last
         for number in range(ROUNDS):
@@ -193,24 +204,24 @@ class _Run:
                 if self._left() <= 0 and not (number == 0 and index == 0):
                     break
                 share = self._left() / max(1, total - number * len(points) - index)
-                self._take(item, samples[item], min(self.point_s, share / 2))
+                self._take(item, min(self.point_s, share / 2))
                 self._tell(suite, item, (number * len(points) + index + 1) / total)
-            self._store(points, samples, kept)
+            self._store(points, kept)
         for _ in range(EXTRA_ROUNDS):
             shaky = [
                 (suite, item)
                 for suite, item in points
-                if samples[item] and _merged(samples[item]).spread > UNSTABLE_SPREAD
+                if self.samples[item] and self._at_pace(item).spread > UNSTABLE_SPREAD
             ]
             for suite, item in shaky:
                 if self._left() <= 0:
                     break
-                self._take(item, samples[item], self.point_s)
+                self._take(item, self.point_s)
                 self._tell(suite, item, 1.0)
-        self._store(points, samples, kept)
+        self._store(points, kept)
         self.result.dropped = [
             (suite, item)
-            for suite, item in points if not samples[item] and item not in self.broken
+            for suite, item in points if not self.samples[item] and item not in self.broken
         ]  # fmt: skip
         self.result.wall_s = time.monotonic() - self.start
         return self.result
@@ -218,27 +229,35 @@ class _Run:
     def _left(self) -> float:
         return self.budget_s - (time.monotonic() - self.start)
 
-    def _take(self, item: Op, samples: list[Samples], budget_s: float) -> None:
+    def _take(self, item: Op, budget_s: float) -> None:
         """Build the op, time one round of it and of the parts that are taken off, and let go of its memory."""
         if item in self.broken:
             return
         try:
-            self._time(item, samples, budget_s)
+            self.samples[item].append(self._timed(item, budget_s))
         except RuntimeError as error:  # out of memory, or a kernel that this device or library does not have
             self.result.failed.setdefault(f"{item.kind} {item.dtype}", first_line(error))
             self.broken.add(item)
             free_memory(self.place.device)
 
-    def _time(self, item: Op, samples: list[Samples], budget_s: float) -> None:
+    def _timed(self, item: Op, budget_s: float) -> Samples:
         timed: Timed = BUILDERS[item.kind](item, self.spec, self.place)
         streamed = reuse_bytes(self.spec, self.dtype, item) if self.spec.is_mla else 0.0
-        whole = Samples([self.clock.sample(timed.run, budget_s, stream_bytes=streamed)])
+        whole = self.clock.sample(timed.run, budget_s, stream_bytes=streamed)
         for part in timed.less:  # inside the whole its parts follow each other: their caches are warm
-            whole = whole.minus(Samples([self.clock.sample(part, budget_s / 2)]))
-        samples.append(Samples([[sample / timed.divide for sample in whole.flat]]))
+            whole = whole.minus(self.clock.sample(part, budget_s / 2, warm=True))
+        return replace(whole, rounds=[[sample / timed.divide for sample in whole.flat]])
 
-    def _store(self, points: list[tuple[str, Op]], samples: dict[Op, list[Samples]], kept: list[Measurement]) -> None:
-        rows = [measurement(item, _merged(samples[item]), suite) for suite, item in points if samples[item]]
+    def _at_pace(self, item: Op) -> Samples:
+        """Return all rounds of a point at the file's pace."""
+        return merged(self.samples[item]).at(self.result.environment.pace_s)
+
+    def _store(self, points: list[tuple[str, Op]], kept: list[Measurement]) -> None:
+        rounds = [each for samples in self.samples.values() for each in samples]
+        self.result.paces = merged(rounds).paces
+        if not self.is_resumed:
+            self.result.environment = replace(self.result.environment, pace_s=usual_pace(rounds))
+        rows = [measurement(item, self._at_pace(item), suite) for suite, item in points if self.samples[item]]
         self.result.rows, self.result.fresh = [*kept, *rows], len(rows)
         if self.out is not None and self.result.rows:
             save(self.out, self.result.environment, self.result.rows, self.steps)
@@ -254,7 +273,3 @@ def free_memory(device: torch.device) -> None:
     if device.type == "cuda":
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
-
-
-def _merged(samples: list[Samples]) -> Samples:
-    return Samples([part for sample in samples for part in sample.rounds])

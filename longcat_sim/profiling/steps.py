@@ -17,7 +17,7 @@ import torch
 from longcat_sim.model.cache import LatentCache
 from longcat_sim.model.layer import Step
 from longcat_sim.model.longcat import ABSORBED, LongcatFlash
-from longcat_sim.profiling.timing import Clock, Run, Samples, first_line, steady
+from longcat_sim.profiling.timing import Clock, Run, Samples, first_line, merged, steady, usual_pace
 from longcat_sim.records.measurement import StepMeasurement
 from longcat_sim.records.routing import RoutingTrace
 
@@ -53,7 +53,10 @@ ROUNDS = 3
 def measure_steps(
     model: LongcatFlash, name: str, points: Sequence[Point] = POINTS, *, budget_s: float = 20.0
 ) -> list[StepMeasurement]:
-    """Return the time of each step, in rounds over all points; the experts' loads are recorded beside."""
+    """Return the time of each step, in rounds over all points; the experts' loads are recorded beside.
+
+    On a CPU rounds are scaled to the usual pace of all of them, which every step names.
+    """
     with torch.inference_mode(), steady(model.device):
         runs = [_prepared(model, point) for point in points]
         rounds = _sampled(model.device, [run for run, _ in runs], budget_s)
@@ -101,7 +104,7 @@ def _exchanged(model: LongcatFlash, name: str, point: Exchanged, budget_s: float
     runs: list[Run] = [partial(exchange, rows)]
     runs += [partial(_through, loop, model, tokens, step) for loop in loops]
     alone, *both = _sampled(model.device, runs, budget_s)
-    _, exchange_s, _ = Samples(alone).quantiles()
+    _, exchange_s, _ = alone.quantiles()
     return [
         replace(
             _step(name, ("decode", point.sequences, point.context), samples, load), overlap=loop.schedule.name,
@@ -116,25 +119,26 @@ def _through(loop: Any, model: LongcatFlash, tokens: torch.Tensor, step: Step) -
         model.run_layers(tokens, step)
 
 
-def _sampled(device: torch.device, runs: Sequence[Run], budget_s: float) -> list[list[list[float]]]:
-    """Return the seconds of each run, a list per round; all runs once in each round."""
+def _sampled(device: torch.device, runs: Sequence[Run], budget_s: float) -> list[Samples]:
+    """Return the rounds of each run at one pace; all runs once in each round."""
     clock = Clock(device)
-    samples: list[list[list[float]]] = [[] for _ in runs]
+    rounds: list[list[Samples]] = [[] for _ in runs]
     for _ in range(ROUNDS):
         for index, run in enumerate(runs):
-            samples[index].append(clock.sample(run, budget_s / (ROUNDS * len(runs)), at_least=2, at_most=20))
-    return samples
+            rounds[index].append(clock.sample(run, budget_s / (ROUNDS * len(runs)), at_least=2, at_most=20))
+    found = [merged(parts) for parts in rounds]
+    return [samples.at(usual_pace(found)) for samples in found]
 
 
-def _step(name: str, point: Point, rounds: list[list[float]], load: tuple[float, float]) -> StepMeasurement:
+def _step(name: str, point: Point, samples: Samples, load: tuple[float, float]) -> StepMeasurement:
     phase, sequences, size = point
-    p10, median, p90 = Samples(rounds).quantiles()
+    p10, median, p90 = samples.quantiles()
     decode = phase == "decode"
     return StepMeasurement(
         model=name, phase="decode" if decode else "prefill", sequences=sequences, queries=1 if decode else size,
         context=size + 1 if decode else size, median_s=median, p10_s=p10, p90_s=p90,
-        count=sum(map(len, rounds)), block_s=tuple(float(np.quantile(part, 0.1)) for part in rounds),
-        received=load[0], active=load[1],
+        count=len(samples.flat), block_s=tuple(float(np.quantile(part, 0.1)) for part in samples.rounds),
+        received=load[0], active=load[1], pace_s=samples.paces[0] if samples.paces else None,
     )  # fmt: skip
 
 

@@ -10,12 +10,18 @@ written them. What a GPU runs is replayed from a CUDA graph, as engines decode: 
 gap, not the host's launches. Only what waits for the device is launched call by call. Several rounds over all points,
 not all repetitions of a point at once: the drift of a shared machine lands on every point alike, and shows as the
 spread between rounds.
+
+A shared CPU runs everything slower or faster from one second to the next: neighbours take its caches, its memory, its
+clock. So a probe, the same small product again and again, runs between the samples, and each round's times are scaled
+to one pace of it. (On 2 shared cores whose neighbours were busy, three rounds of one op repeated to 13 %,
+scaled to 6.5 %: products 5.7 and 2.8, absorption 12 and 3.6, MLA 21 and 9; only top-k, which waits for nothing shared,
+3.3 and 4.6.)
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -33,6 +39,11 @@ WARM_FROM_S = 2e-3
 STREAM_POOL_BYTES = 128 << 20
 """Weights to stream before a CPU op: more than a last-level cache holds."""
 STREAM_WIDTH = 512
+PROBE_SHARE = 0.15
+"""Part of the time that goes to the probe."""
+PROBE_ROWS, PROBE_WIDTH = 128, 256
+"""Sizes of the probe's product, 0.2 ms of an EPYC; a core's cache holds its operands. A stream of weights beside it
+took 0.26 or 0.34 ms by what ran before, and told no more."""
 GRAPH_S, GRAPH_CALLS = 1e-3, 20
 """A graph holds as many calls as fill this time, and at most so many."""
 
@@ -42,6 +53,8 @@ class Samples:
     """Seconds per call, one list per round."""
 
     rounds: list[list[float]] = field(default_factory=list)
+    paces: list[float] = field(default_factory=list)
+    """Seconds of the probe in each round; empty where none ran (a GPU; parts of an op)."""
 
     @property
     def flat(self) -> list[float]:
@@ -65,7 +78,26 @@ class Samples:
         for mine, theirs in zip(self.rounds, other.rounds, strict=True):
             less = float(np.median(theirs))
             rounds.append([max(sample - less, 0.1 * sample) for sample in mine])
-        return Samples(rounds)
+        return Samples(rounds, self.paces)
+
+    def at(self, pace_s: float | None) -> Samples:
+        """Return these times on a machine whose probe takes ``pace_s``; as they are where no probe ran."""
+        if pace_s is None or not self.paces:
+            return self
+        rounds = [[sample * pace_s / own for sample in part] for part, own in zip(self.rounds, self.paces, strict=True)]
+        return Samples(rounds, [pace_s] * len(rounds))
+
+
+def merged(samples: Iterable[Samples]) -> Samples:
+    """Return the rounds of all."""
+    found = list(samples)
+    return Samples([part for each in found for part in each.rounds], [pace for each in found for pace in each.paces])
+
+
+def usual_pace(samples: Iterable[Samples]) -> float | None:
+    """Return the median time of the probe over all rounds, None where none ran."""
+    paces = merged(samples).paces
+    return float(np.median(paces)) if paces else None
 
 
 def measurement(
@@ -114,35 +146,58 @@ class Clock:
         self._at = 0
         if device.type == "cpu":
             self._row, self._weights = torch.randn(1, STREAM_WIDTH), _pool()
+            self._tile, self._square = torch.randn(PROBE_ROWS, PROBE_WIDTH), torch.randn(PROBE_WIDTH, PROBE_WIDTH)
         if device.type == "cuda":
             size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
             self._flush = torch.empty(max(size, 1 << 20), dtype=torch.uint8, device=device)
             self._side = torch.cuda.Stream(device)
 
     def sample(
-        self, run: Run, budget_s: float, *, at_least: int = 3, at_most: int = 50, stream_bytes: float = 0.0
-    ) -> list[float]:
-        """Return seconds per call, as many samples as fit in ``budget_s``.
+        self, run: Run, budget_s: float, *, at_least: int = 3, at_most: int = 50, stream_bytes: float = 0.0,
+        warm: bool = False,
+    ) -> Samples:  # fmt: skip
+        """Return one round of seconds per call, as many samples as fit in ``budget_s``.
 
-        ``stream_bytes`` of weights pass through a CPU's caches before each call.
+        On a CPU ``stream_bytes`` of weights pass through the caches before each call, and the probe runs between the
+        calls; ``warm``: neither does.
         """
         if self.device.type == "cuda":
-            return self._sample_cuda(run, budget_s, at_least, at_most)
+            return Samples([self._sample_cuda(run, budget_s, at_least, at_most)])
         run()
         start = time.perf_counter()
         run()
         once = time.perf_counter() - start
-        rows = int(stream_bytes / (4 * STREAM_WIDTH)) if once < WARM_FROM_S else 0
+        rows = int(stream_bytes / (4 * STREAM_WIDTH)) if once < WARM_FROM_S and not warm else 0
         start = time.perf_counter()
         self._stream(rows)
-        whole = once + time.perf_counter() - start
-        samples = []
+        whole = (once + time.perf_counter() - start) * (1.0 if warm else 1.0 + PROBE_SHARE)
+        samples: list[float] = []
+        probes: list[float] = []
+        spent = 0.0
         for _ in range(int(np.clip(budget_s / max(whole, 1e-7), at_least, at_most))):
+            if not warm:
+                self._probe(probes, spent)
+            begin = time.perf_counter()
             self._stream(rows)
             start = time.perf_counter()
             run()
-            samples.append(time.perf_counter() - start)
-        return samples
+            end = time.perf_counter()
+            samples.append(end - start)
+            spent += end - begin
+        if warm:
+            return Samples([samples])
+        self._probe(probes, spent)
+        return Samples([samples], [float(np.median(probes))])
+
+    def _probe(self, probes: list[float], spent: float) -> None:
+        """Time the probe until it has had its share of what was spent on samples, at least once in all."""
+        if probes and sum(probes) >= PROBE_SHARE * spent:
+            return
+        torch.mm(self._tile, self._square)  # warm, whatever ran before
+        while not probes or sum(probes) < PROBE_SHARE * spent:
+            start = time.perf_counter()
+            torch.mm(self._tile, self._square)
+            probes.append(time.perf_counter() - start)
 
     def _stream(self, rows: int) -> None:
         """Multiply the next ``rows`` of the pool, as the products of a step do."""

@@ -80,6 +80,8 @@ class Environment:
     """Library -> version."""
     clock_mhz: PositiveFloat | None = None
     """SM or core clock while measuring, if it can be read."""
+    pace_s: PositiveFloat | None = None
+    """CPU: seconds of the probe (``profiling.timing``) at the pace to which the times of ops alone are scaled."""
     commit: str = ""
     """Commit of this package, if it runs from a checkout."""
     date: str = ""
@@ -158,6 +160,8 @@ class StepMeasurement:
     """Bytes of the rows that one exchange moves."""
     exchange_sms: NonNegativeInt = 0
     """SMs that copy them; 0: time passes, and no SM is busy."""
+    pace_s: PositiveFloat | None = None
+    """CPU: seconds of the probe at the pace to which the times are scaled, the usual one while steps ran."""
 
     def __post_init__(self) -> None:
         """Refuse times that cannot be."""

@@ -59,6 +59,8 @@ def _fitted(rows: Measurements, hardware: HardwareSpec, draws: int, seed: int) -
         "measured_on": rows.environment.device, "date": rows.environment.date,
         "libraries": dict(rows.environment.libraries), **times.provenance,
     }  # fmt: skip
+    if rows.environment.pace_s:
+        times.provenance["pace_s"] = float(f"{rows.environment.pace_s:.4g}")
     if left_out:
         times.provenance["left_out"] = {**times.provenance.get("left_out", {}), **left_out}
     together = slowdowns(rows, times, hardware, own_cores=rows.environment.kind == "cpu")

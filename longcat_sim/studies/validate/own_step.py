@@ -1,7 +1,8 @@
 """Section ``own-step``: decode and prefill steps of the executable model on this machine, predicted from its ops.
 
 No time of a step enters the fit. What a step adds to its ops is the host's work between kernels; on a CPU that work is
-inside the ops' own times, which are measured with caches as cold as a step leaves them (``profiling.timing``).
+inside the ops' own times, which are measured with caches as cold as a step leaves them (``profiling.timing``). A shared
+CPU is faster in one minute than in the next: ops and steps are both scaled to one pace, by a probe that knows neither.
 """
 
 from __future__ import annotations
@@ -33,15 +34,22 @@ def predict_s(times: OpTimesLike, spec: ModelSpec, step: StepMeasurement, dtype:
     return sum(times.seconds(item) for item in ops)
 
 
-def compare(times: OpTimesLike, spec: ModelSpec, steps: Sequence[StepMeasurement], dtype: str = "fp32") -> list[Row]:
-    """Return one row per step: predicted beside measured, with the drift of the machine between blocks."""
+def compare(
+    times: OpTimesLike, spec: ModelSpec, steps: Sequence[StepMeasurement], dtype: str = "fp32",
+    pace_s: float | None = None,
+) -> list[Row]:  # fmt: skip
+    """Return one row per step: predicted beside measured, with the drift of the machine between blocks.
+
+    ``pace_s`` is that of the ops (a CPU's probe, ``profiling.timing``): what was measured at another is scaled to it.
+    """
     rows = []
     for step in steps:
+        pace = pace_s / step.pace_s if pace_s and step.pace_s else 1.0
         size = f"{step.sequences} x {step.context - 1 if step.phase == 'decode' else step.context} tokens"
         rows.append(
             Row(
                 f"{step.phase} {size}", "ms", predict_s(times, spec, step, dtype) * 1e3,
-                step.median_s * 1e3, note=f"blocks differ by {step.drift:.0%}",
+                step.median_s * pace * 1e3, note=f"blocks differ by {step.drift:.0%}",
             )
         )  # fmt: skip
     return rows
@@ -102,6 +110,12 @@ def run(
     dtype, name = (torch.float32, "fp32") if place.type == "cpu" else (torch.bfloat16, "bf16")
     spec = model_spec(model)
     steps = measure_steps(LongcatFlash(spec, device=place, dtype=dtype), model, points, budget_s=budget_s)
-    section.rows = compare(times, spec, steps, name)
+    pace_s = times.provenance.get("pace_s")
+    section.rows = compare(times, spec, steps, name, pace_s)
+    if pace_s and steps[0].pace_s:
+        section.notes.append(
+            f"this machine runs at {pace_s / steps[0].pace_s:.2f} of the pace at which its ops were measured; steps are "
+            "scaled to that one"
+        )
     section.rows += summary_rows(section.rows, steps)
     return section
