@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,13 +40,7 @@ from longcat_sim.profiling.steps import POINTS, measure_exchanges, measure_steps
 from longcat_sim.profiling.streams import measure_streams
 from longcat_sim.profiling.suites import ALL_SUITES, FULL, SMALL, Grid
 from longcat_sim.profiling.timing import first_line, steady
-from longcat_sim.records.measurement import (
-    Environment,
-    Measurement,
-    StepMeasurement,
-    load_measurements,
-    save_measurements,
-)
+from longcat_sim.records.measurement import Measurement, StepMeasurement, load_measurements, save_measurements
 from longcat_sim.specs.model import model_spec
 
 Plan = tuple[tuple[str, str, float], ...]
@@ -123,7 +116,7 @@ class _Campaign:
             check_same_device(out, before.environment, self.result.environment)
             self._add(before)
             self.steps, self.result.skipped = list(before.steps), before.skipped
-            self._keep_pace(before.environment)
+            self.result.environment = self.result.environment.at_pace_of(before.environment)
         self.known = len(self._all()) + len(self.steps)
 
     def run(self, plan: Plan | None, budget_s: float) -> Profiled:
@@ -161,14 +154,10 @@ class _Campaign:
         suites = {row.suite for row in fresh}
         self.pairs = [row for row in self.pairs if row.suite not in suites] + fresh
 
-    def _keep_pace(self, environment: Environment) -> None:
-        """Name the pace to which ops are scaled in the file's own environment."""
-        self.result.environment = replace(self.result.environment, pace_s=environment.pace_s)
-
     def _ops(self, suite: str, name: str, box_s: float) -> None:
         found = profile([suite], self.place, name, box_s, grid=self.grid, resume=self.out, progress=self.progress)
         self._add(found.rows)
-        self._keep_pace(found.environment)
+        self.result.environment = self.result.environment.at_pace_of(found.environment)
         self.result.paces = [*self.result.paces, *found.paces]
         self.result.dropped += found.dropped
         self.result.failed |= found.failed

@@ -26,7 +26,8 @@ from longcat_sim.model.heap import keep_freed_memory
 from longcat_sim.ops.op import Op, op
 from longcat_sim.profiling.kernels import gemm as build_gemm
 from longcat_sim.profiling.place import TORCH_DTYPES, Place
-from longcat_sim.profiling.timing import Samples, measurement
+from longcat_sim.profiling.samples import Samples
+from longcat_sim.profiling.timing import measurement
 from longcat_sim.records.measurement import Environment, Measurement, load_measurements, save_measurements
 from longcat_sim.specs.model import ModelSpec
 

@@ -16,9 +16,11 @@ from longcat_sim.errors import MeasurementError
 from longcat_sim.ops.op import Op
 from longcat_sim.profiling.environment import here
 from longcat_sim.profiling.kernels import BUILDERS, Timed
+from longcat_sim.profiling.pace import at_pace, sensitivities, sort_of, usual_pace
 from longcat_sim.profiling.place import TORCH_DTYPES, Place
+from longcat_sim.profiling.samples import Samples, merged
 from longcat_sim.profiling.suites import DENSE, FULL, SUITES, Grid, reuse_bytes, suite_ops
-from longcat_sim.profiling.timing import Clock, Samples, first_line, measurement, merged, steady, usual_pace
+from longcat_sim.profiling.timing import Clock, first_line, measurement, steady
 from longcat_sim.records.measurement import (
     UNSTABLE_SPREAD,
     Environment,
@@ -58,8 +60,8 @@ class Profiled(Sequence[Measurement]):
     """Points and steps that were measured now; the others were in the file."""
     skipped: Sequence[tuple[int, str]] = ()
     """(line, reason) of what could not be read of a file that was resumed, and is measured again."""
-    paces: Sequence[float] = ()
-    """Seconds of a CPU's probe in each round."""
+    paces: Sequence[Sequence[float]] = ()
+    """Seconds of a CPU's probes in each round."""
     failed: dict[str, str] = field(default_factory=dict)
     """Kind of op with its dtype, or suite -> what the library said when one could not run."""
 
@@ -74,9 +76,9 @@ class Profiled(Sequence[Measurement]):
         if sum(not row.stable for row in self.rows) <= FEW_UNSTABLE * len(self.rows):
             return ""
         return (
-            "this machine was busy or its clock changed: the fit takes each point's median, which is then too long by "
-            "as much. Close other programs and profile into a new file (points of an old one are kept, not measured "
-            "again), with more --budget-s where it can be had"
+            "this machine was busy or its clock changed: medians are of its usual pace, as far as probes can tell. Close "
+            "other programs and profile into a new file (points of an old one are kept, not measured again), with more "
+            "--budget-s where it can be had"
         )
 
     def summary(self) -> str:
@@ -86,8 +88,9 @@ class Profiled(Sequence[Measurement]):
         text += f" (spread over {UNSTABLE_SPREAD:.0%})" if unstable else ""
         if self.fresh < len(self.rows):
             text += f"; {self.fresh} of them new"
-        if self.paces and self.environment.pace_s:
-            low, high = (self.environment.pace_s / np.quantile(self.paces, share) for share in (0.9, 0.1))
+        if self.paces:
+            product = np.array(self.paces)[:, 0] / self.environment.pace_s[0]
+            low, high = 1 / np.quantile(product, 0.9), 1 / np.quantile(product, 0.1)
             text += f"; the machine ran at {low:.2f} to {high:.2f} of the pace to which times are scaled"
         text += skipped_lines(self.skipped)
         if self.dropped:
@@ -128,9 +131,9 @@ def profile(
 ) -> Profiled:
     """Return measurements of the suites' ops at the sizes that steps of ``spec`` need, within ``budget_s``.
 
-    Points are taken in rounds, so that drift falls on all alike; on a CPU each round is scaled to the file's pace, the
-    usual one of the first run; a point whose spread stays large is measured again and then marked. Points of
-    ``resume`` are kept. ``out`` is written after each round. One thread on a CPU.
+    Points are taken in rounds, so that drift falls on all alike; on a CPU each round is scaled to the file's pace
+    (``profiling.pace``), the usual one of its first run; a point whose spread stays large is measured again and then
+    marked. Points of ``resume`` are kept. ``out`` is written after each round. One thread on a CPU.
 
     Raises:
         MeasurementError: an unknown suite or device, or a file to resume from another device.
@@ -191,7 +194,7 @@ class _Run:
             check_same_device(resume, before.environment, self.result.environment)
             kept, self.steps, self.result.skipped = list(before), before.steps, before.skipped
             self.is_resumed = any(not row.is_contention and not row.op.is_collective for row in kept)
-            self.result.environment = replace(self.result.environment, pace_s=before.environment.pace_s)
+            self.result.environment = self.result.environment.at_pace_of(before.environment)
         known = {row.op for row in kept if not row.is_contention}
         points = [(suite, item) for suite in names for item in suite_ops(suite, self.spec, grid, dtype)]
         points = list({item: (suite, item) for suite, item in points if item not in known}.values())
@@ -250,14 +253,25 @@ class _Run:
 
     def _at_pace(self, item: Op) -> Samples:
         """Return all rounds of a point at the file's pace."""
-        return merged(self.samples[item]).at(self.result.environment.pace_s)
+        environment = self.result.environment
+        return at_pace(merged(self.samples[item]), environment.pace_s, environment.sensitivity, sort_of(item))
+
+    def _learn_pace(self) -> None:
+        """Find the file's usual pace in its first run, and how sorts of ops that are new to it follow the machine."""
+        points = {item: merged(found) for item, found in self.samples.items() if found}
+        self.result.paces = merged(points.values()).probes
+        known = self.result.environment
+        if not self.is_resumed:
+            known = replace(known, pace_s=usual_pace(points.values()), sensitivity={})
+        learned = sensitivities((sort_of(item), samples) for item, samples in points.items())
+        self.result.environment = replace(known, sensitivity={**learned, **known.sensitivity})
 
     def _store(self, points: list[tuple[str, Op]], kept: list[Measurement]) -> None:
-        rounds = [each for samples in self.samples.values() for each in samples]
-        self.result.paces = merged(rounds).paces
-        if not self.is_resumed:
-            self.result.environment = replace(self.result.environment, pace_s=usual_pace(rounds))
-        rows = [measurement(item, self._at_pace(item), suite) for suite, item in points if self.samples[item]]
+        self._learn_pace()
+        rows = [
+            measurement(item, merged(self.samples[item]), suite, paced=self._at_pace(item))
+            for suite, item in points if self.samples[item]
+        ]  # fmt: skip
         self.result.rows, self.result.fresh = [*kept, *rows], len(rows)
         if self.out is not None and self.result.rows:
             save(self.out, self.result.environment, self.result.rows, self.steps)

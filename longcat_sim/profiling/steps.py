@@ -17,7 +17,9 @@ import torch
 from longcat_sim.model.cache import LatentCache
 from longcat_sim.model.layer import Step
 from longcat_sim.model.longcat import ABSORBED, LongcatFlash
-from longcat_sim.profiling.timing import Clock, Run, Samples, first_line, merged, steady, usual_pace
+from longcat_sim.profiling.pace import at_pace, sensitivity, usual_pace
+from longcat_sim.profiling.samples import Samples, merged
+from longcat_sim.profiling.timing import Clock, Run, first_line, steady
 from longcat_sim.records.measurement import StepMeasurement
 from longcat_sim.records.routing import RoutingTrace
 
@@ -48,6 +50,8 @@ EXCHANGED = (
 )  # fmt: skip
 """From exchanges that take a tenth of the dense part beside them to some that take longer."""
 ROUNDS = 3
+STEP = "step"
+"""The sort of all steps: they follow the machine alike."""
 
 
 def measure_steps(
@@ -120,14 +124,15 @@ def _through(loop: Any, model: LongcatFlash, tokens: torch.Tensor, step: Step) -
 
 
 def _sampled(device: torch.device, runs: Sequence[Run], budget_s: float) -> list[Samples]:
-    """Return the rounds of each run at one pace; all runs once in each round."""
+    """Return the rounds of each run at one pace, which they name; all runs once in each round."""
     clock = Clock(device)
     rounds: list[list[Samples]] = [[] for _ in runs]
     for _ in range(ROUNDS):
         for index, run in enumerate(runs):
             rounds[index].append(clock.sample(run, budget_s / (ROUNDS * len(runs)), at_least=2, at_most=20))
     found = [merged(parts) for parts in rounds]
-    return [samples.at(usual_pace(found)) for samples in found]
+    pace_s, powers = usual_pace(found), {STEP: sensitivity(found)}
+    return [replace(at_pace(samples, pace_s, powers, STEP), probes=[pace_s] if pace_s else []) for samples in found]
 
 
 def _step(name: str, point: Point, samples: Samples, load: tuple[float, float]) -> StepMeasurement:
@@ -138,7 +143,7 @@ def _step(name: str, point: Point, samples: Samples, load: tuple[float, float]) 
         model=name, phase="decode" if decode else "prefill", sequences=sequences, queries=1 if decode else size,
         context=size + 1 if decode else size, median_s=median, p10_s=p10, p90_s=p90,
         count=len(samples.flat), block_s=tuple(float(np.quantile(part, 0.1)) for part in samples.rounds),
-        received=load[0], active=load[1], pace_s=samples.paces[0] if samples.paces else None,
+        received=load[0], active=load[1], pace_s=samples.probes[0] if samples.probes else (),
     )  # fmt: skip
 
 

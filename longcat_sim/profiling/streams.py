@@ -20,8 +20,9 @@ from longcat_sim.model.links import EXCHANGE_PRIORITY
 from longcat_sim.ops.op import Op, loop_back, op
 from longcat_sim.profiling.kernels import BUILDERS
 from longcat_sim.profiling.place import Place
+from longcat_sim.profiling.samples import Samples
 from longcat_sim.profiling.suites import step_ops
-from longcat_sim.profiling.timing import Run, Samples, first_line, measurement, steady
+from longcat_sim.profiling.timing import Run, first_line, measurement, steady
 from longcat_sim.records.measurement import Measurement
 from longcat_sim.specs.model import ModelSpec
 

@@ -9,21 +9,14 @@ A GPU's weights and caches rotate through a pool that its L2 does not hold; acti
 written them. What a GPU runs is replayed from a CUDA graph, as engines decode: between its kernels is the device's
 gap, not the host's launches. Only what waits for the device is launched call by call. Several rounds over all points,
 not all repetitions of a point at once: the drift of a shared machine lands on every point alike, and shows as the
-spread between rounds.
-
-A shared CPU runs everything slower or faster from one second to the next: neighbours take its caches, its memory, its
-clock. So a probe, the same small product again and again, runs between the samples, and each round's times are scaled
-to one pace of it. (On 2 shared cores whose neighbours were busy, three rounds of one op repeated to 13 %,
-scaled to 6.5 %: products 5.7 and 2.8, absorption 12 and 3.6, MLA 21 and 9; only top-k, which waits for nothing shared,
-3.3 and 4.6.)
+spread between rounds; probes between the samples tell how much of it is the machine's (``profiling.pace``).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -31,6 +24,8 @@ import torch
 
 from longcat_sim.model.heap import freed_memory_kept
 from longcat_sim.ops.op import Op
+from longcat_sim.profiling.pace import Probes
+from longcat_sim.profiling.samples import Samples
 from longcat_sim.records.measurement import UNSTABLE_SPREAD, Measurement
 
 Run = Callable[[], object]
@@ -39,75 +34,27 @@ WARM_FROM_S = 2e-3
 STREAM_POOL_BYTES = 128 << 20
 """Weights to stream before a CPU op: more than a last-level cache holds."""
 STREAM_WIDTH = 512
-PROBE_SHARE = 0.15
-"""Part of the time that goes to the probe."""
-PROBE_ROWS, PROBE_WIDTH = 128, 256
-"""Sizes of the probe's product, 0.2 ms of an EPYC; a core's cache holds its operands. A stream of weights beside it
-took 0.26 or 0.34 ms by what ran before, and told no more."""
+PROBE_SHARE = 0.2
+"""Time that goes to probes, over that of the samples."""
 GRAPH_S, GRAPH_CALLS = 1e-3, 20
 """A graph holds as many calls as fill this time, and at most so many."""
 
 
-@dataclass
-class Samples:
-    """Seconds per call, one list per round."""
-
-    rounds: list[list[float]] = field(default_factory=list)
-    paces: list[float] = field(default_factory=list)
-    """Seconds of the probe in each round; empty where none ran (a GPU; parts of an op)."""
-
-    @property
-    def flat(self) -> list[float]:
-        """All samples."""
-        return [sample for part in self.rounds for sample in part]
-
-    def quantiles(self) -> tuple[float, float, float]:
-        """Return p10, median and p90."""
-        p10, median, p90 = np.quantile(self.flat, [0.1, 0.5, 0.9])
-        return float(p10), float(median), float(p90)
-
-    @property
-    def spread(self) -> float:
-        """(p90 - p10) / median."""
-        p10, median, p90 = self.quantiles()
-        return (p90 - p10) / median
-
-    def minus(self, other: Samples) -> Samples:
-        """Return these times less the median of ``other`` in the same round, a tenth of them at least."""
-        rounds = []
-        for mine, theirs in zip(self.rounds, other.rounds, strict=True):
-            less = float(np.median(theirs))
-            rounds.append([max(sample - less, 0.1 * sample) for sample in mine])
-        return Samples(rounds, self.paces)
-
-    def at(self, pace_s: float | None) -> Samples:
-        """Return these times on a machine whose probe takes ``pace_s``; as they are where no probe ran."""
-        if pace_s is None or not self.paces:
-            return self
-        rounds = [[sample * pace_s / own for sample in part] for part, own in zip(self.rounds, self.paces, strict=True)]
-        return Samples(rounds, [pace_s] * len(rounds))
-
-
-def merged(samples: Iterable[Samples]) -> Samples:
-    """Return the rounds of all."""
-    found = list(samples)
-    return Samples([part for each in found for part in each.rounds], [pace for each in found for pace in each.paces])
-
-
-def usual_pace(samples: Iterable[Samples]) -> float | None:
-    """Return the median time of the probe over all rounds, None where none ran."""
-    paces = merged(samples).paces
-    return float(np.median(paces)) if paces else None
-
-
 def measurement(
-    item: Op, samples: Samples, suite: str, alongside: Op | None = None, overlapped: float = 1.0
-) -> Measurement:
-    """Return what the samples of an op say; each of their rounds is a block."""
+    item: Op, samples: Samples, suite: str, alongside: Op | None = None, overlapped: float = 1.0,
+    paced: Samples | None = None,
+) -> Measurement:  # fmt: skip
+    """Return what the samples of an op say; each of their rounds is a block.
+
+    The median is that of ``paced``, the samples at one pace, where there are such: a slow minute is in half of the
+    samples. The 10th percentile is that of quiet moments anyway, and stays as the clock has it.
+    """
     p10, median, p90 = samples.quantiles()
+    if paced is not None:
+        median = float(np.clip(paced.quantiles()[1], p10, p90))
     return Measurement(
         op=item, median_s=median, p10_s=p10, p90_s=p90, count=len(samples.flat), suite=suite,
-        stable=samples.spread <= UNSTABLE_SPREAD, alongside=alongside, overlapped=overlapped,
+        stable=(paced or samples).spread <= UNSTABLE_SPREAD, alongside=alongside, overlapped=overlapped,
         block_s=tuple(Samples([part]).quantiles()[0] for part in samples.rounds),
     )  # fmt: skip
 
@@ -146,7 +93,7 @@ class Clock:
         self._at = 0
         if device.type == "cpu":
             self._row, self._weights = torch.randn(1, STREAM_WIDTH), _pool()
-            self._tile, self._square = torch.randn(PROBE_ROWS, PROBE_WIDTH), torch.randn(PROBE_WIDTH, PROBE_WIDTH)
+            self._probes = Probes()
         if device.type == "cuda":
             size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
             self._flush = torch.empty(max(size, 1 << 20), dtype=torch.uint8, device=device)
@@ -158,7 +105,7 @@ class Clock:
     ) -> Samples:  # fmt: skip
         """Return one round of seconds per call, as many samples as fit in ``budget_s``.
 
-        On a CPU ``stream_bytes`` of weights pass through the caches before each call, and the probe runs between the
+        On a CPU ``stream_bytes`` of weights pass through the caches before each call, and probes run between the
         calls; ``warm``: neither does.
         """
         if self.device.type == "cuda":
@@ -172,32 +119,21 @@ class Clock:
         self._stream(rows)
         whole = (once + time.perf_counter() - start) * (1.0 if warm else 1.0 + PROBE_SHARE)
         samples: list[float] = []
-        probes: list[float] = []
-        spent = 0.0
+        probes: list[tuple[float, ...]] = []
+        sampling = probing = 0.0
         for _ in range(int(np.clip(budget_s / max(whole, 1e-7), at_least, at_most))):
-            if not warm:
-                self._probe(probes, spent)
             begin = time.perf_counter()
             self._stream(rows)
             start = time.perf_counter()
             run()
             end = time.perf_counter()
             samples.append(end - start)
-            spent += end - begin
-        if warm:
-            return Samples([samples])
-        self._probe(probes, spent)
-        return Samples([samples], [float(np.median(probes))])
-
-    def _probe(self, probes: list[float], spent: float) -> None:
-        """Time the probe until it has had its share of what was spent on samples, at least once in all."""
-        if probes and sum(probes) >= PROBE_SHARE * spent:
-            return
-        torch.mm(self._tile, self._square)  # warm, whatever ran before
-        while not probes or sum(probes) < PROBE_SHARE * spent:
-            start = time.perf_counter()
-            torch.mm(self._tile, self._square)
-            probes.append(time.perf_counter() - start)
+            sampling += end - begin
+            while not warm and (not probes or probing < PROBE_SHARE * sampling):
+                begin = time.perf_counter()
+                probes.append(self._probes.take())
+                probing += time.perf_counter() - begin
+        return Samples([samples], [tuple(np.median(probes, axis=0).tolist())] if probes else [])
 
     def _stream(self, rows: int) -> None:
         """Multiply the next ``rows`` of the pool, as the products of a step do."""

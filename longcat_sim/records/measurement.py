@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -80,13 +80,21 @@ class Environment:
     """Library -> version."""
     clock_mhz: PositiveFloat | None = None
     """SM or core clock while measuring, if it can be read."""
-    pace_s: PositiveFloat | None = None
-    """CPU: seconds of the probe (``profiling.timing``) at the pace to which the times of ops alone are scaled."""
+    pace_s: Blocks = ()
+    """CPU: seconds of the probes (``profiling.pace``) at the pace to which the times of ops alone are scaled."""
+    sensitivity: Mapping[str, Annotated[tuple[NonNegativeFloat, ...], Field(strict=False)]] = field(
+        default_factory=dict
+    )
+    """CPU: sort of op -> by which power of each probe its times went."""
     commit: str = ""
     """Commit of this package, if it runs from a checkout."""
     date: str = ""
     source: str = ""
     """Where a table comes from; empty for our own measurements."""
+
+    def at_pace_of(self, other: Environment) -> Environment:
+        """Return this environment with the pace of another."""
+        return replace(self, pace_s=other.pace_s, sensitivity=other.sensitivity)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +168,8 @@ class StepMeasurement:
     """Bytes of the rows that one exchange moves."""
     exchange_sms: NonNegativeInt = 0
     """SMs that copy them; 0: time passes, and no SM is busy."""
-    pace_s: PositiveFloat | None = None
-    """CPU: seconds of the probe at the pace to which the times are scaled, the usual one while steps ran."""
+    pace_s: Blocks = ()
+    """CPU: seconds of the probes at the pace to which the times are scaled, the usual one while steps ran."""
 
     def __post_init__(self) -> None:
         """Refuse times that cannot be."""

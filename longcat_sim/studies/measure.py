@@ -60,7 +60,13 @@ def _fitted(rows: Measurements, hardware: HardwareSpec, draws: int, seed: int) -
         "libraries": dict(rows.environment.libraries), **times.provenance,
     }  # fmt: skip
     if rows.environment.pace_s:
-        times.provenance["pace_s"] = float(f"{rows.environment.pace_s:.4g}")
+        times.provenance["pace"] = {
+            "probe_s": [float(f"{seconds:.4g}") for seconds in rows.environment.pace_s],
+            "sensitivity": {
+                sort: [float(f"{power:.3g}") for power in powers]
+                for sort, powers in rows.environment.sensitivity.items()
+            },
+        }
     if left_out:
         times.provenance["left_out"] = {**times.provenance.get("left_out", {}), **left_out}
     together = slowdowns(rows, times, hardware, own_cores=rows.environment.kind == "cpu")

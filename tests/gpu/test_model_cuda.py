@@ -96,7 +96,7 @@ def test_what_waits_is_not_captured_and_the_rest_is():
     assert _waits(lambda: float(x.sum()))
     assert not _waits(lambda: x + 1)
     seconds = Clock(torch.device("cuda")).sample(lambda: x + 1, 0.01)
-    assert not seconds.paces
+    assert not seconds.probes
     assert all(1e-6 < one < 1e-4 for one in seconds.flat)  # a kernel, not its launch
     torch.randn(4, device="cuda")
 

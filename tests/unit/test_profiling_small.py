@@ -8,8 +8,9 @@ from longcat_sim.errors import MeasurementError
 from longcat_sim.profiling import profile
 from longcat_sim.profiling.kernels import BUILDERS, spread_rows
 from longcat_sim.profiling.place import Place
+from longcat_sim.profiling.samples import Samples
 from longcat_sim.profiling.suites import SUITES, Grid, step_ops, suite_ops
-from longcat_sim.profiling.timing import Samples, steady
+from longcat_sim.profiling.timing import steady
 from longcat_sim.records.measurement import load_measurements
 from longcat_sim.specs.model import model_spec
 

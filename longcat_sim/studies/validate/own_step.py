@@ -2,18 +2,20 @@
 
 No time of a step enters the fit. What a step adds to its ops is the host's work between kernels; on a CPU that work is
 inside the ops' own times, which are measured with caches as cold as a step leaves them (``profiling.timing``). A shared
-CPU is faster in one minute than in the next: ops and steps are both scaled to one pace, by a probe that knows neither.
+CPU is faster in one minute than in the next: each op is predicted at the pace that the machine had while the steps ran,
+told by probes that know neither (``profiling.pace``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longcat_sim.calibration import OpTimes
 from longcat_sim.errors import MeasurementError
 from longcat_sim.ops.graph import LayerLoad
 from longcat_sim.ops.op import OpTimesLike
+from longcat_sim.profiling.pace import slowed, sort_of
 from longcat_sim.profiling.steps import POINTS, Point
 from longcat_sim.profiling.suites import step_ops
 from longcat_sim.records.measurement import StepMeasurement
@@ -25,31 +27,36 @@ MODEL = "longcat-cpu-64e"
 MEDIAN_LIMIT, WORST_LIMIT = 0.06, 0.15
 
 
-def predict_s(times: OpTimesLike, spec: ModelSpec, step: StepMeasurement, dtype: str) -> float:
-    """Return the predicted time of a step: the sum of its ops, with the experts' recorded load."""
+def predict_s(
+    times: OpTimesLike, spec: ModelSpec, step: StepMeasurement, dtype: str, pace: Mapping[str, Any] | None = None
+) -> float:
+    """Return the predicted time of a step: the sum of its ops, with the experts' recorded load.
+
+    ``pace`` is that of the ops (``probe_s``, and each sort's ``sensitivity``): at the step's they take longer or less.
+    """
     load = LayerLoad(step.received, step.received, step.active)
     ops = step_ops(spec, step.phase, step.sequences, step.queries, step.context, dtype, load)
     if dtype != "fp32":  # a GPU's step is a graph: the host has done its work before
         ops = [item for item in ops if item.kind != "host"]
-    return sum(times.seconds(item) for item in ops)
+    if not pace:
+        return sum(times.seconds(item) for item in ops)
+    powers = pace["sensitivity"]
+    factors = {sort: slowed(step.pace_s, pace["probe_s"], powers.get(sort, ())) for sort in set(map(sort_of, ops))}
+    return sum(times.seconds(item) * factors[sort_of(item)] for item in ops)
 
 
 def compare(
     times: OpTimesLike, spec: ModelSpec, steps: Sequence[StepMeasurement], dtype: str = "fp32",
-    pace_s: float | None = None,
+    pace: Mapping[str, Any] | None = None,
 ) -> list[Row]:  # fmt: skip
-    """Return one row per step: predicted beside measured, with the drift of the machine between blocks.
-
-    ``pace_s`` is that of the ops (a CPU's probe, ``profiling.timing``): what was measured at another is scaled to it.
-    """
+    """Return one row per step: predicted (``predict_s``) beside measured, with the machine's drift between blocks."""
     rows = []
     for step in steps:
-        pace = pace_s / step.pace_s if pace_s and step.pace_s else 1.0
         size = f"{step.sequences} x {step.context - 1 if step.phase == 'decode' else step.context} tokens"
         rows.append(
             Row(
-                f"{step.phase} {size}", "ms", predict_s(times, spec, step, dtype) * 1e3,
-                step.median_s * pace * 1e3, note=f"blocks differ by {step.drift:.0%}",
+                f"{step.phase} {size}", "ms", predict_s(times, spec, step, dtype, pace) * 1e3,
+                step.median_s * 1e3, note=f"blocks differ by {step.drift:.0%}",
             )
         )  # fmt: skip
     return rows
@@ -110,12 +117,10 @@ def run(
     dtype, name = (torch.float32, "fp32") if place.type == "cpu" else (torch.bfloat16, "bf16")
     spec = model_spec(model)
     steps = measure_steps(LongcatFlash(spec, device=place, dtype=dtype), model, points, budget_s=budget_s)
-    pace_s = times.provenance.get("pace_s")
-    section.rows = compare(times, spec, steps, name, pace_s)
-    if pace_s and steps[0].pace_s:
-        section.notes.append(
-            f"this machine runs at {pace_s / steps[0].pace_s:.2f} of the pace at which its ops were measured; steps are "
-            "scaled to that one"
-        )
+    pace = times.provenance.get("pace")
+    section.rows = compare(times, spec, steps, name, pace)
+    if pace and steps[0].pace_s:
+        ratio = pace["probe_s"][0] / steps[0].pace_s[0]
+        section.notes.append(f"at the pace of these steps, {ratio:.2f} of that at which the ops were measured")
     section.rows += summary_rows(section.rows, steps)
     return section
