@@ -42,11 +42,14 @@ NARROW_HEADS = 32
 """Query heads up to which absorbed MLA is computed in narrow tiles, and the latents read once for each of them
 (TensorRT-LLM, B200, bf16, 128 sequences of 16,384: 451 us with 16 heads, 642 us with 32, 448 us with 64; tables of
 aiconfigurator-core 0.12.0). Elsewhere one law serves both."""
+WIDE_HEADS = 64
+"""Query heads beyond which a card may have one more (RTX PRO 6000, fp8: 128 heads take 0.4 times as long as 64)."""
 
 
 def mla_variant(heads: float) -> str:
-    """Return the kernel that decodes absorbed MLA with ``heads`` query heads: ``narrow`` (few), or ""."""
-    return "narrow" if heads <= NARROW_HEADS else ""
+    """Return the kernel that decodes absorbed MLA with ``heads`` query heads: ``narrow`` (few), ``wide`` (many), or
+    ""."""
+    return "narrow" if heads <= NARROW_HEADS else "wide" if heads > WIDE_HEADS else ""
 
 
 @dataclass(frozen=True)

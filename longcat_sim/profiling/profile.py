@@ -76,9 +76,9 @@ class Profiled(Sequence[Measurement]):
         if sum(not row.stable for row in self.rows) <= FEW_UNSTABLE * len(self.rows):
             return ""
         return (
-            "this machine was busy or its clock changed: medians are of its usual pace, as far as probes can tell. Close "
-            "other programs and profile into a new file (points of an old one are kept, not measured again), with more "
-            "--budget-s where it can be had"
+            "this machine was busy or its clock changed: medians are of its usual pace, as far as probes tell. Close "
+            "other programs and profile into a new file (points of an old one are kept, not measured again), with "
+            "more --budget-s where it can be had"
         )
 
     def summary(self) -> str:

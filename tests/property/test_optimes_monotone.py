@@ -39,7 +39,7 @@ def h800() -> OpTimes:
 def test_neither_of_two_kernels_falls_as_a_size_grows(
     variant: str, heads: tuple[int, int], data: st.DataObject
 ) -> None:
-    """A B200 has a kernel for few heads and one for many; from one to the other times do fall."""
+    """A B200 has a kernel for few heads and one for all others; from one to the other times do fall."""
     ranges = RANGES["mla_decode"] | {"heads": heads}
     sizes = {name: data.draw(st.integers(*bounds)) for name, bounds in ranges.items()}
     name = data.draw(st.sampled_from(["batch", "queries", "context", "heads"]))

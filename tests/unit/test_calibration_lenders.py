@@ -135,6 +135,23 @@ def test_blackwell_answers_for_few_heads_with_a_kernel_of_their_own() -> None:
     assert seconds("h100-sxm", 32) < seconds("h100-sxm", 64)
 
 
+def test_128_heads_in_fp8_are_another_kernel_on_an_rtx_pro_6000_and_nowhere_else() -> None:
+    dims = {"batch": 64, "queries": 1, "context": 16384, "latent": 512, "rope": 64}
+
+    def seconds(device: str, heads: int) -> float:
+        item = op("mla_decode", dtype="fp8", variant=mla_variant(heads), heads=heads, **dims)
+        return OpTimes.from_hardware(load_hardware(device)).seconds(item)
+
+    assert seconds("rtx-pro-6000", 128) < 0.6 * seconds("rtx-pro-6000", 64)
+    for device in ("b200-sxm", "h100-sxm", "l40s"):
+        assert seconds(device, 128) >= 0.98 * seconds(device, 64), device
+    for heads in (32, 64, 128):  # a card of its cores takes all from it, in bf16 too, where one law serves all
+        for dtype in ("bf16", "fp8"):
+            lent = nearest(("mla_decode", dtype, mla_variant(heads)), load_hardware("rtx-5090"))
+            assert lent is not None
+            assert lent.lender.name == "rtx-pro-6000", (dtype, heads)
+
+
 @pytest.mark.parametrize(
     ("name", "gap"),
     [("h800-sxm", 1.5e-6), ("rtx-pro-6000", 1.5e-6), ("h20", 1.5e-6), ("mi325x", 1.5e-6), ("h100-sxm-measured", 0.0)],

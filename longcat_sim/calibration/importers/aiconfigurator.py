@@ -16,7 +16,7 @@ import numpy as np
 
 from longcat_sim.calibration.importers import published
 from longcat_sim.errors import MeasurementError
-from longcat_sim.ops.attention import NARROW_HEADS, gqa_variant, mla_variant
+from longcat_sim.ops.attention import NARROW_HEADS, WIDE_HEADS, gqa_variant, mla_variant
 from longcat_sim.records.measurement import Measurement
 
 SYSTEMS = {
@@ -107,21 +107,30 @@ def _sift_experts(rows: list[dict[str, Any]], left_out: Counter[str]) -> list[di
 
 
 def _sift_mla(rows: list[dict[str, Any]], left_out: Counter[str]) -> list[dict[str, Any]]:
-    """Mark the rows of a kernel for few heads, in tables where the next larger number of heads takes less time.
+    """Mark the rows of a kernel for few or many heads, in tables where twice as many heads take less time.
 
-    Median over the half of the sizes that takes longer: 0.75 to 0.97 on data-centre Blackwell, 1.00 to 1.10 elsewhere.
-    Not seen: the RTX PRO 6000's kernel for 128 heads in fp8, which takes 0.4 times as long as that for 64.
+    Median over the half of the sizes that takes longer, 64 heads over 32: 0.75 to 0.97 on data-centre Blackwell, 1.00
+    to 1.10 elsewhere; 128 over 64: 0.40 on an RTX PRO 6000 in fp8, 1.00 to 1.86 elsewhere.
     """
-    most, more = NARROW_HEADS, 2 * NARROW_HEADS
     for dtype in {row["kv_cache_dtype"] for row in rows}:
         same = [row for row in rows if row["kv_cache_dtype"] == dtype]
         times = {(row["batch_size"], row["step"], row["num_heads"]): row["latency"] for row in same}
-        pairs = [(time, times[b, s, more]) for (b, s, h), time in times.items() if h == most and (b, s, more) in times]
-        long = sorted(pairs)[len(pairs) // 2 :]
-        has_two = bool(long) and float(np.median([other / time for time, other in long])) < ANOTHER_KERNEL
+        apart = {
+            mla_variant(few if few == NARROW_HEADS else 2 * few)
+            for few in (NARROW_HEADS, WIDE_HEADS) if _is_another_kernel(times, few)
+        }  # fmt: skip
         for row in same:
-            row["variant"] = mla_variant(row["num_heads"]) if has_two else ""
+            variant = mla_variant(row["num_heads"])
+            row["variant"] = variant if variant in apart else ""
     return rows
+
+
+def _is_another_kernel(times: Mapping[tuple[int, int, int], float], heads: int) -> bool:
+    """Whether twice as many heads as ``heads`` take less time; ``times`` by (batch, step, heads)."""
+    more = 2 * heads
+    pairs = [(time, times[b, s, more]) for (b, s, h), time in times.items() if h == heads and (b, s, more) in times]
+    long = sorted(pairs)[len(pairs) // 2 :]
+    return bool(long) and float(np.median([other / time for time, other in long])) < ANOTHER_KERNEL
 
 
 def _mla_decode(row: Columns) -> Iterator[Point]:

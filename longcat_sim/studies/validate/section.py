@@ -36,6 +36,8 @@ class Row:
 
 LEAST_WIDTH, MOST_WIDTH = 46, 64
 """Of the first column, in characters."""
+SCREEN = 40
+"""Rows of a table beyond which those that missed their limit are named again at its end."""
 
 
 @dataclass
@@ -80,6 +82,9 @@ class Section:
         judged = [row.passed for row in self.rows if row.passed is not None]
         if judged:
             lines.append(f"{sum(judged)} of {len(judged)} rows with a limit keep it")
+        missed = [row for row in self.rows if row.passed is False and row.error is not None]
+        if missed and len(self.rows) > SCREEN:
+            lines += ["missed:", *(f"  {row.quantity}: {_against_limit(row)}" for row in missed)]
         return "\n".join([*lines, *(f"* {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
@@ -104,6 +109,11 @@ class Section:
         skipped = f"<p>Skipped: {html.escape(self.skipped)}</p>" if self.skipped else ""
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(cells)}</tbody></table>" if cells else ""
         return f"<h4>{html.escape(self.title)}</h4>{skipped}{table}{notes}"
+
+
+def _against_limit(row: Row) -> str:
+    """Return the error, and its limit where there is one."""
+    return f"{row.error:+.1%}" + ("" if row.limit is None else f", limit {row.limit:.1%}")
 
 
 def _line(width: int, quantity: str, unit: str, predicted: str, against: str, error: str, limit: str, note: str) -> str:
