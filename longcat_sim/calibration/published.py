@@ -53,15 +53,21 @@ H800_EXTRA = [
 
 def has_op_tables(name: str) -> bool:
     """Whether op times are published for a device or its twin."""
-    return name in READERS or name in SYSTEMS or name in SAME_DIE
+    return name in READERS or has_tables_by_backend(name)
+
+
+def has_tables_by_backend(name: str) -> bool:
+    """Whether aiconfigurator-core has tables of a device or its twin."""
+    return name in SYSTEMS or name in SAME_DIE
 
 
 def published_measurements(
-    device: HardwareSpec, kernels: str | Path | None, tables: str | Path | None
+    device: HardwareSpec, kernels: str | Path | None, tables: str | Path | None, backend: str = ""
 ) -> tuple[list[Measurement], dict[Key, str], dict[str, int]]:
     """Return the published measurements for a profile, the laws that rest on another device only, and what was dropped.
 
-    ``kernels`` is the YAML file of kernel records, ``tables`` the folder of aiconfigurator-core's tables.
+    ``kernels`` is the YAML file of kernel records, ``tables`` the folder of aiconfigurator-core's tables, ``backend``
+    the framework whose tables go before those that packaged profiles hold.
 
     Raises:
         MeasurementError: nothing is published for ``hardware``, or a source cannot be read.
@@ -73,11 +79,11 @@ def published_measurements(
         own += import_kernels(kernels, hardware, left_out=left_out)
         own += H800_EXTRA if hardware == "h800-sxm" else []
     if hardware in SYSTEMS:
-        own += import_aiconfigurator(hardware, folder=tables, left_out=left_out)
+        own += import_aiconfigurator(hardware, folder=tables, left_out=left_out, backend=backend)
     borrowed: list[Measurement] = []
     twin = SAME_DIE.get(hardware)
     if twin:
-        found = import_aiconfigurator(twin, folder=tables)
+        found = import_aiconfigurator(twin, folder=tables, backend=backend)
         borrowed = [row for row in found if row.op.kind not in BORROWED or BORROWED[row.op.kind](row.op)]
     if not own and not borrowed:
         raise MeasurementError(f"hardware: expected one with published tables; got {hardware!r}; measure it yourself")
@@ -98,6 +104,7 @@ def fit_published(
     *,
     kernels: str | Path | None = None,
     tables: str | Path | None = None,
+    backend: str = "",
     max_cells: int = COMMITTED_CELLS,
     draws: int = 64,
     seed: int = 0,
@@ -107,13 +114,14 @@ def fit_published(
     Raises:
         MeasurementError: as ``published_measurements``.
     """
-    rows, transferred, left_out = published_measurements(hardware, kernels, tables)
+    rows, transferred, left_out = published_measurements(hardware, kernels, tables, backend)
     times = OpTimes.fit(rows, hardware, draws, seed, max_cells=max_cells, min_points=1)
     for key, origin in transferred.items():
         times.laws_[key].transferred_from = origin
     times.provenance = {
         "method": "published tables; a fifth, the largest and whole sizes held out for the errors",
         "left_out": left_out,
+        **({"backend": backend} if backend else {}),
     }
     return times
 

@@ -9,21 +9,33 @@ import typer
 
 
 def run(
-    measurements: Annotated[Path, typer.Argument(help="A file that `profile` wrote, or published records (.yaml).")],
     name: Annotated[str, typer.Option(help="Name of the hardware profile.")],
+    measurements: Annotated[
+        Path | None, typer.Argument(help="A file that `profile` wrote, or published records (.yaml).")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The profile; hardware_profiles/NAME.yaml where not given.")] = None,
     tables: Annotated[Path | None, typer.Option(help="With records: aiconfigurator-core's table folder.")] = None,
+    backend: Annotated[
+        str, typer.Option(help="Fit the published kernels of this engine, trtllm, sglang or vllm, where it has them.")
+    ] = "",
 ) -> None:
     """Fit operator times to measurements and write them into a hardware profile.
 
-    Lines that cannot be read are left out and named; a file with more than 5 % of them is refused.
+    Lines that cannot be read are left out and named; a file with more than 5 % of them is refused. With --backend no
+    file is needed: the tables are those of aiconfigurator-core (`pip install aiconfigurator-core pyarrow`).
     """
     from longcat_sim.cli.output import say
+    from longcat_sim.errors import MeasurementError
     from longcat_sim.records.measurement import load_measurements, skipped_lines
     from longcat_sim.studies.measure import calibrate, calibrate_published, error_table
 
-    if measurements.suffix in (".yaml", ".yml"):
-        times = calibrate_published(measurements, name, tables, out)
+    is_published = measurements is None or measurements.suffix in (".yaml", ".yml")
+    if backend and not is_published:
+        raise MeasurementError(f"--backend {backend}: expected published tables; got {measurements}; leave one out")
+    if measurements is None and not backend:
+        raise MeasurementError("MEASUREMENTS: expected a file that `profile` wrote, such as m.jsonl; got none")
+    if measurements is None or is_published:
+        times = calibrate_published(measurements, name, tables, out, backend)
     else:
         times = calibrate(measurements, name, out)
         skipped = load_measurements(measurements).skipped

@@ -12,7 +12,7 @@ from longcat_sim.calibration import OpTimes, write_fit
 from longcat_sim.calibration.collective_file import Variant, read_collectives
 from longcat_sim.calibration.collectives import CollectiveTimes
 from longcat_sim.calibration.importers.exchange import Point
-from longcat_sim.errors import SpecError
+from longcat_sim.errors import MeasurementError, SpecError
 from longcat_sim.records.files import check_outputs, write_text
 from longcat_sim.records.measurement import Environment, Measurements, load_measurements
 from longcat_sim.specs.hardware import ONE_CORE, HardwareSpec, hardware_names, load_hardware, profile_folders
@@ -109,17 +109,25 @@ def measured_collectives(rows: Measurements, hardware: HardwareSpec) -> tuple[Co
     return replace(times, kernel_gap_s=0.0), dict(left_out)  # what `profile` measured holds the gaps
 
 
-def calibrate_published(records: Path, name: str, tables: Path | None = None, out: Path | None = None) -> OpTimes:
+def calibrate_published(
+    records: Path | None, name: str, tables: Path | None = None, out: Path | None = None, backend: str = ""
+) -> OpTimes:
     """Fit a profile to published tables (a YAML file of records, and aiconfigurator-core's tables where they are).
 
-    Collectives of the records are fitted too; a profile's own stay where the records have none. Returns the times.
+    Collectives of the records are fitted too; a profile's own stay where there are none. Returns the times.
     The fit goes into the profile, or into another of the same device at ``out``, made as a copy where there is none.
+    ``backend`` is the framework whose tables of ops go before the ones that packaged profiles hold.
 
     Raises:
         SpecError: no profile of that name, or ``out`` is another device's.
-        MeasurementError: no table of the device, or too few points.
+        MeasurementError: no table of the device, no such backend, or too few points.
     """
-    from longcat_sim.calibration.published import fit_published, has_op_tables, published_collectives
+    from longcat_sim.calibration.published import (
+        fit_published,
+        has_op_tables,
+        has_tables_by_backend,
+        published_collectives,
+    )
 
     hardware = load_hardware(name)
     profile = next(folder / f"{name}.yaml" for folder in profile_folders() if (folder / f"{name}.yaml").exists())
@@ -128,9 +136,14 @@ def calibrate_published(records: Path, name: str, tables: Path | None = None, ou
     there = load_hardware(target).device if target.exists() else hardware.device
     if there != hardware.device:
         raise SpecError(f"--out {out}: expected a profile of {hardware.device}; got one of {there}; give another path")
-    collectives = published_collectives(records, hardware, load_hardware)
+    if backend and not has_tables_by_backend(name):
+        raise MeasurementError(
+            f"--backend {backend}: expected a device whose kernels were timed by backend, such as h100-sxm; "
+            f"got {name}; leave --backend out"
+        )
+    collectives = published_collectives(records, hardware, load_hardware) if records else None
     if collectives is None or has_op_tables(name):  # what another version fitted is replaced
-        times = fit_published(hardware, kernels=records, tables=tables)
+        times = fit_published(hardware, kernels=records, tables=tables, backend=backend)
     else:
         has_laws = bool((hardware.fit or {}).get("laws"))  # without any, a section of another version can be replaced
         known = OpTimes.from_hardware(hardware) if has_laws else OpTimes(hardware, {})

@@ -166,6 +166,13 @@ def test_a_larger_token_budget_never_frees_memory(capsys: pytest.CaptureFixture[
         (["validate", "--section", "ops", "--hardware", "h100"], ["--hardware", "'h100'", "did you mean 'h100-sxm"]),
         (["validate", "--section", "limits", "--hardware", "h100-sxm"], ["expected --section ops or transfer"]),
         (["validate", "--vllm-run", "x", "--section", "ops"], ["--vllm-run: expected neither"]),
+        (["calibrate", "--name", "b200-sxm", "--backend", "tgi"],
+         ["backend: expected one of trtllm, sglang, vllm", "'tgi'"]),
+        (["calibrate", "--name", "mi300x", "--backend", "vllm"],
+         ["--backend vllm: expected a device whose kernels", "mi300x"]),
+        (["calibrate", "m.jsonl", "--name", "b200-sxm", "--backend", "vllm"],
+         ["--backend vllm: expected published tables"]),
+        (["calibrate", "--name", "mine"], ["MEASUREMENTS: expected a file that `profile` wrote", "got none"]),
     ],
 )  # fmt: skip
 def test_wrong_input_exits_2_and_says_what_to_do(

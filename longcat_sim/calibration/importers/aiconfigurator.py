@@ -1,6 +1,7 @@
 """Import the measured kernel tables of the optional package ``aiconfigurator-core`` (Apache-2.0, NVIDIA).
 
-``pip install aiconfigurator-core pyarrow``. One framework per kind, the one whose table repeats best; its file of
+``pip install aiconfigurator-core pyarrow``. One framework per kind, the one whose table repeats best, unless a backend
+is named: which kernel an engine runs matters as much as the GPU (`tests/oracle/test_engines_kernels.py`). Its file of
 served operating points (``silicon_sample.csv``) is never read.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from longcat_sim.calibration.answer import Key
 from longcat_sim.calibration.importers import published
 from longcat_sim.errors import MeasurementError
 from longcat_sim.ops.attention import NARROW_HEADS, WIDE_HEADS, gqa_variant, mla_variant
@@ -31,6 +33,8 @@ SYSTEMS = {
     "l40s": "l40s",
 }
 """Profile name -> folder of the package."""
+BACKENDS = ("trtllm", "sglang", "vllm")
+"""Frameworks whose kernels the tables hold."""
 DTYPES = {"bfloat16": "bf16", "fp8_block": "fp8", "fp8": "fp8", "nvfp4": "nvfp4"}
 ALIGNMENT = 16
 """Rows of a product are read where they are a multiple of this, or fewer: engines pad batches to such sizes, and
@@ -39,10 +43,14 @@ MLA = {"latent": 512, "rope": 64}
 EXPERTS = ("moe_dtype", "hidden_size", "inter_size", "topk", "num_experts")
 ANOTHER_KERNEL = 0.98
 """Twice the heads in less than this share of the time: that is another kernel."""
+LAUNCHED = 4.0
+"""A backend's smallest op over another's, beyond which launches were timed. Kernels of three engines differ by less."""
 SLOW_CUT = 1.1
 """A cut of the same experts over more ranks that takes this much longer than a coarser cut was not tuned."""
 Columns = Mapping[str, Any]
 Point = tuple[str, str, str, dict[str, float], float]
+Times = dict[tuple[str, str, str, tuple[tuple[str, float], ...]], tuple[float, str]]
+"""(kind, dtype, variant, sizes) -> (milliseconds, source)."""
 
 
 def _rows(columns: Columns) -> Iterator[dict[str, Any]]:
@@ -244,50 +252,88 @@ def _release(tables: Path) -> str:
     return beside[-1].name.split("-")[1].removesuffix(".dist") if beside else "of an unknown version"
 
 
+def _times_of(
+    columns: Columns, table: str, reader: Callable[[Columns], Iterator[Point]], source: str, left_out: Counter[str]
+) -> Times:
+    """Return the times of one table, the fastest of each size."""
+    rows = list(_rows(columns))
+    if table in SIFT:
+        rows = SIFT[table](rows, left_out)
+    best: Times = {}
+    for row in rows:
+        for kind, dtype, variant, dims, milliseconds in reader(row):
+            if not np.isfinite(milliseconds) or milliseconds <= 0:
+                left_out[" ".join(filter(None, (kind, dtype, variant))) + ": no time"] += 1
+                continue
+            key = (kind, dtype, variant, tuple(sorted((name, float(size)) for name, size in dims.items())))
+            if key not in best or milliseconds < best[key][0]:
+                best[key] = float(milliseconds), source
+    return best
+
+
+def _preferred(own: Times, others: Times, left_out: Counter[str]) -> Times:
+    """Return a backend's times, and the others' for laws that it lacks or that it timed with the host's launches.
+
+    Those of its smallest op take several times as long as anybody else's (vLLM's fp8 products: 59 us on an H200, 230 on
+    a B200), which a CUDA graph, as engines decode with, does not wait for.
+    """
+
+    def fastest(times: Times) -> dict[Key, float]:
+        found: dict[Key, float] = {}
+        for key, (milliseconds, _) in times.items():
+            found[key[:3]] = min(milliseconds, found.get(key[:3], np.inf))
+        return found
+
+    mine, theirs = fastest(own), fastest(others)
+    launched = {law for law, least in mine.items() if least > LAUNCHED * theirs.get(law, np.inf)}
+    for law in launched:
+        left_out[" ".join(filter(None, law)) + ": timed with its launches"] += sum(key[:3] == law for key in own)
+    found = {key: timed for key, timed in own.items() if key[:3] not in launched}
+    return found | {key: timed for key, timed in others.items() if key[:3] not in mine or key[:3] in launched}
+
+
 def import_aiconfigurator(
     hardware: str, *, folder: str | Path | None = None, kinds: set[str] | None = None,
-    left_out: Counter[str] | None = None,
+    left_out: Counter[str] | None = None, backend: str = "",
 ) -> list[Measurement]:  # fmt: skip
     """Return the tables of one system as measurements; the fastest where a size was measured several times.
 
-    ``left_out`` counts rows that a rule dropped.
+    ``left_out`` counts rows that a rule dropped. With a ``backend`` tables are that framework's, where it has them.
 
     Raises:
-        MeasurementError: the package or pyarrow is missing, or it has no such system.
+        MeasurementError: the package or pyarrow is missing, or it has no such system or backend.
     """
     if hardware not in SYSTEMS:
         raise MeasurementError(f"hardware: expected one of {', '.join(SYSTEMS)}; got {hardware!r}; choose one")
+    if backend and backend not in BACKENDS:
+        raise MeasurementError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}; choose one")
     try:
         import pyarrow.parquet as parquet
     except ImportError:
         raise MeasurementError("pyarrow: expected it to read the tables; run `pip install pyarrow`") from None
     tables = tables_folder(folder)
     base, release = tables / SYSTEMS[hardware], _release(tables)
-    best: dict[tuple, tuple[float, str]] = {}
-    for family, table, reader in TABLES:
-        candidates = [path for path in (base / family).glob(f"*/{table}.parquet")]
+
+    def read(family: str, table: str, reader: Callable[[Columns], Iterator[Point]]) -> Times:
+        candidates = list((base / family).glob(f"*/{table}.parquet"))
         if not candidates:
-            continue
+            return {}
         # the fullest version: later ones may hold a few rows only
         version = max(candidates, key=lambda path: path.stat().st_size).parent
-        path = version / f"{table}.parquet"
         source = f"aiconfigurator-core {release} {SYSTEMS[hardware]}/{family}/{version.name}/{table}"
-        columns = {name: values.to_numpy(zero_copy_only=False) for name, values in
-                   zip(*(lambda t: (t.column_names, t.columns))(parquet.read_table(path)), strict=True)}  # fmt: skip
-        read = list(_rows(columns))
-        if table in SIFT:
-            read = SIFT[table](read, left_out if left_out is not None else Counter())
-        for row in read:
-            for kind, dtype, variant, dims, milliseconds in reader(row):
-                if kinds and kind not in kinds:
-                    continue
-                if not np.isfinite(milliseconds) or milliseconds <= 0:
-                    if left_out is not None:
-                        left_out[" ".join(filter(None, (kind, dtype, variant))) + ": no time"] += 1
-                    continue
-                key = (kind, dtype, variant, tuple(sorted((name, float(size)) for name, size in dims.items())))
-                if key not in best or milliseconds < best[key][0]:
-                    best[key] = (float(milliseconds), source)
+        file = parquet.read_table(version / f"{table}.parquet")
+        columns = {name: file[name].to_numpy(zero_copy_only=False) for name in file.column_names}
+        return _times_of(columns, table, reader, source, dropped)
+
+    dropped = left_out if left_out is not None else Counter()
+    best: Times = {}
+    for family, table, reader in TABLES:
+        found = read(family, table, reader)
+        if backend:
+            found = _preferred(read(f"{family.split('/')[0]}/{backend}", table, reader), found, dropped)
+        for key, timed in found.items():
+            if (not kinds or key[0] in kinds) and (key not in best or timed[0] < best[key][0]):
+                best[key] = timed
     return [
         published(kind, milliseconds * 1e-3, source, dtype=dtype, variant=variant, **dict(dims))
         for (kind, dtype, variant, dims), (milliseconds, source) in best.items()

@@ -6,8 +6,10 @@ so a source of another one says little where one of the same is there. They are 
 sizes that were measured there. Data sheets are used; no figure of the target's fit is.
 
 What Blackwell's tables miss by is its kernels, not the way of carrying: 20.8 % as here, 21.3 % with half of each local
-correction, 22.3 % by the laws alone; kernels that have one name on all three GPUs, in three frameworks, 13.9 % over 23
-laws (2026-11-26, no command repeats these). Each case says what would be left if one factor per kind were known, which
+correction, 22.3 % by the laws alone; by the tables of SGLang alone 17.9 %, of vLLM 33.8 %, the fastest of three engines
+20.7 %, the median of their three predictions 19.9 %; kernels that have one name on all three GPUs 13.9 % over 23 laws
+(2026-11-26, no command repeats these). Kernels of three engines on one and the same GPU differ by 13 to 31 %
+(`tests/oracle/test_engines_kernels.py`). Each case says what would be left if one factor per kind were known, which
 only the target could tell. Absorption in fp8 is another product altogether: the tables' kernel quantises its inputs on
 a Hopper and multiplies in bf16 on a Blackwell.
 """
