@@ -14,6 +14,7 @@ from longcat_sim.ops.memory import Memory, memory
 from longcat_sim.ops.op import FloatArray
 from longcat_sim.simulation.network import check_topology
 from longcat_sim.simulation.step import slowest_context
+from longcat_sim.specs.hardware import load_hardware
 from longcat_sim.specs.scenario import Scenario, Search
 
 MOST_BATCHES = 4096
@@ -117,8 +118,10 @@ def shapes(scenario: Scenario, *, weight: int = 1) -> tuple[list[Shape], Rejecte
                 "max_gpus", f"a replica of {changes['deployment.num_gpus']} GPUs exceeds {search.max_gpus}", weight
             )
             continue
-        if "hardware" in changes:
-            scenario.what_if({"hardware": changes["hardware"]})  # an unknown device is a fault, not a rejection
+        if "hardware" in changes:  # an unknown device is a fault, not a rejection
+            if "/" not in changes["hardware"]:  # a path lies where the scenario says
+                load_hardware(changes["hardware"], where=f"{scenario._at('search')}.hardware")
+            scenario.what_if({"hardware": changes["hardware"]})
         try:
             shape = Shape(scenario.what_if(changes), changes)
         except SpecError as error:
