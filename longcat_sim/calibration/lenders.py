@@ -131,8 +131,9 @@ def _links_of(hardware: HardwareSpec) -> tuple[float, float, int]:
 
 def _lenders() -> Iterator[HardwareSpec]:
     for _, found in readable_hardware():
-        if found.architecture and found.fit and found.fit.get("laws") and not found.has_own_kernels:
-            yield found  # a CPU names no architecture, and lends nothing
+        has_laws = found.architecture and found.fit and found.fit.get("laws")  # a CPU names no architecture
+        if has_laws and not found.has_own_kernels and not (found.fit or {}).get("backend"):
+            yield found  # what a user fitted to another engine's kernels changes no other device
 
 
 def _laws_of(lender: HardwareSpec) -> list[FittedLaw]:

@@ -53,12 +53,12 @@ H800_EXTRA = [
 
 def has_op_tables(name: str) -> bool:
     """Whether op times are published for a device or its twin."""
-    return name in READERS or has_tables_by_backend(name)
+    return name in READERS or name in SYSTEMS or name in SAME_DIE
 
 
 def has_tables_by_backend(name: str) -> bool:
-    """Whether aiconfigurator-core has tables of a device or its twin."""
-    return name in SYSTEMS or name in SAME_DIE
+    """Whether all laws of a device are those of aiconfigurator-core's tables."""
+    return name in SYSTEMS and name not in READERS
 
 
 def published_measurements(

@@ -2,10 +2,10 @@
 
 Neighbours take a shared CPU's caches, its memory and its clock, so that it is slower in one second than in the next,
 and not every op suffers alike. By which power of each probe a sort's times go is learned from the rounds of its own
-points (control variates), and its medians are then given at one pace, the usual one while the file was measured. On 2
-shared cores with busy neighbours held-out medians of 21 sorts were 10.6 % off on average, so 7.6 %; products 6.5 and
-4.3, MLA 8.2 and 5.7, prefill attention 10.1 and 6.9 (one set of samples, with and without; a quiet machine has nothing
-to take off).
+points (control variates), and its medians are then given at one pace, the mean one of the file's first suite: a step is
+long, and sees the mean. On 2 shared cores with busy neighbours held-out medians of 21 sorts were 10.6 % off on average,
+so 7.6 %; products 6.5 and 4.3, MLA 8.2 and 5.7, prefill attention 10.1 and 6.9 (one set of samples, with and without; a
+quiet machine has nothing to take off).
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ PRODUCTS = ((64, 256, 256), (8, 512, 1024))
 """Rows, columns and depth of the probes: the weights of one lie in a core's own cache, those of the other (2 MiB)
 beyond it. Both take as long after a step as in a loop, within 2 %, once they have run before: small ops whose code
 comes from memory follow the machine closer, but took 31 to 43 us by what ran before."""
+EVERY = "all"
+"""Where the powers stand that sorts without any of their own follow."""
 WARM = 2
 """Runs before one is timed."""
-MIN_FREEDOM = 12
+MIN_FREEDOM = 8
 """Rounds beyond each point's first, below which a sort is too thin to be asked, and follows what all do."""
 
 
@@ -50,9 +52,9 @@ class Probes:
 
 
 def usual_pace(samples: Iterable[Samples]) -> tuple[float, ...]:
-    """Return the median time of each probe over all rounds; nothing where none ran."""
+    """Return the mean time of each probe over all rounds; nothing where none ran."""
     probes = merged(samples).probes
-    return tuple(float(middle) for middle in np.median(probes, axis=0)) if probes else ()
+    return tuple(float(mean) for mean in np.mean(probes, axis=0)) if probes else ()
 
 
 def sensitivity(points: Iterable[Samples]) -> tuple[float, ...]:
@@ -75,12 +77,12 @@ def sensitivity(points: Iterable[Samples]) -> tuple[float, ...]:
 
 
 def sensitivities(points: Iterable[tuple[str, Samples]]) -> dict[str, tuple[float, ...]]:
-    """Return the powers of each sort from its points; those of all points for a sort with too few rounds."""
+    """Return the powers of each sort from its points, and under ``EVERY`` those of all."""
     sorts: dict[str, list[Samples]] = defaultdict(list)
     for sort, samples in points:
         sorts[sort].append(samples)
-    common = sensitivity(samples for found in sorts.values() for samples in found)
-    powers = {sort: sensitivity(found) or common for sort, found in sorts.items()}
+    powers = {sort: sensitivity(found) for sort, found in sorts.items()}
+    powers[EVERY] = sensitivity(samples for found in sorts.values() for samples in found)
     return {sort: found for sort, found in powers.items() if found}
 
 
@@ -90,14 +92,20 @@ def sort_of(item: Op) -> str:
 
 
 def slowed(now_s: Sequence[float], then_s: Sequence[float], powers: Sequence[float]) -> float:
-    """Return how many times as long something takes at the pace ``now_s`` as at ``then_s``; 1 where one is unknown."""
-    if not (now_s and then_s and powers):
+    """Return how many times as long something takes at the pace ``now_s`` as at ``then_s``; 1 where one is unknown, or
+    of other probes."""
+    if not len(now_s) == len(then_s) == len(powers):
         return 1.0
     return float(np.prod([(now / then) ** power for now, then, power in zip(now_s, then_s, powers, strict=True)]))
+
+
+def powers_of(sort: str, sensitivity: Mapping[str, Sequence[float]]) -> Sequence[float]:
+    """Return the powers of a sort: its own, or those of all."""
+    return sensitivity.get(sort) or sensitivity.get(EVERY, ())
 
 
 def at_pace(samples: Samples, pace_s: Sequence[float], powers: Mapping[str, Sequence[float]], sort: str) -> Samples:
     """Return the samples of a sort at one pace; as they are where nothing is known of it."""
     if not samples.probes:
         return samples
-    return samples.times([slowed(pace_s, probe, powers.get(sort, ())) for probe in samples.probes])
+    return samples.times([slowed(pace_s, probe, powers_of(sort, powers)) for probe in samples.probes])

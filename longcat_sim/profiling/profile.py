@@ -16,7 +16,7 @@ from longcat_sim.errors import MeasurementError
 from longcat_sim.ops.op import Op
 from longcat_sim.profiling.environment import here
 from longcat_sim.profiling.kernels import BUILDERS, Timed
-from longcat_sim.profiling.pace import at_pace, sensitivities, sort_of, usual_pace
+from longcat_sim.profiling.pace import at_pace, powers_of, sensitivities, slowed, sort_of, usual_pace
 from longcat_sim.profiling.place import TORCH_DTYPES, Place
 from longcat_sim.profiling.samples import Samples, merged
 from longcat_sim.profiling.suites import DENSE, FULL, SUITES, Grid, reuse_bytes, suite_ops
@@ -88,7 +88,9 @@ class Profiled(Sequence[Measurement]):
         text += f" (spread over {UNSTABLE_SPREAD:.0%})" if unstable else ""
         if self.fresh < len(self.rows):
             text += f"; {self.fresh} of them new"
-        if self.paces:
+        if self.paces and not self.environment.pace_s:
+            text += "; nothing is scaled to one pace, of which the file, an older version's, says nothing"
+        elif self.paces:
             product = np.array(self.paces)[:, 0] / self.environment.pace_s[0]
             low, high = 1 / np.quantile(product, 0.9), 1 / np.quantile(product, 0.1)
             text += f"; the machine ran at {low:.2f} to {high:.2f} of the pace to which times are scaled"
@@ -131,8 +133,8 @@ def profile(
 ) -> Profiled:
     """Return measurements of the suites' ops at the sizes that steps of ``spec`` need, within ``budget_s``.
 
-    Points are taken in rounds, so that drift falls on all alike; on a CPU each round is scaled to the file's pace
-    (``profiling.pace``), the usual one of its first run; a point whose spread stays large is measured again and then
+    Points are taken in rounds, so that drift falls on all alike; on a CPU medians are of the file's pace
+    (``profiling.pace``), the mean one of its first suite; a point whose spread stays large is measured again and then
     marked. Points of ``resume`` are kept. ``out`` is written after each round. One thread on a CPU.
 
     Raises:
@@ -184,7 +186,10 @@ class _Run:
         self.broken: set[Op] = set()
         """Points that do not run here."""
         self.samples: dict[Op, list[Samples]] = {}
-        self.is_resumed = False
+        self.pace_s: tuple[float, ...] = ()
+        """Of this run."""
+        self.before: Environment | None = None
+        """Of a file that holds ops already: its pace and what it knows of sorts stay."""
 
     def measure(self, names: list[str], grid: Grid, dtype: str, resume: str | Path | None) -> Profiled:
         """Measure all rounds of all suites."""
@@ -193,8 +198,9 @@ class _Run:
             before = load_measurements(resume)
             check_same_device(resume, before.environment, self.result.environment)
             kept, self.steps, self.result.skipped = list(before), before.steps, before.skipped
-            self.is_resumed = any(not row.is_contention and not row.op.is_collective for row in kept)
-            self.result.environment = self.result.environment.at_pace_of(before.environment)
+            if any(not row.is_contention and not row.op.is_collective for row in kept):
+                self.before = before.environment
+                self.result.environment = self.result.environment.at_pace_of(self.before)
         known = {row.op for row in kept if not row.is_contention}
         points = [(suite, item) for suite in names for item in suite_ops(suite, self.spec, grid, dtype)]
         points = list({item: (suite, item) for suite, item in points if item not in known}.values())
@@ -256,20 +262,28 @@ class _Run:
         environment = self.result.environment
         return at_pace(merged(self.samples[item]), environment.pace_s, environment.sensitivity, sort_of(item))
 
+    def _clocked(self, item: Op) -> Samples:
+        """Return all rounds of a point as the clock has them; in a resumed file scaled as a whole, from this run's pace
+        to the file's."""
+        environment, samples = self.result.environment, merged(self.samples[item])
+        powers = powers_of(sort_of(item), environment.sensitivity)
+        return samples.times([slowed(environment.pace_s, self.pace_s, powers)] * len(samples.rounds))
+
     def _learn_pace(self) -> None:
-        """Find the file's usual pace in its first run, and how sorts of ops that are new to it follow the machine."""
+        """Find the pace of a file's first suite, and how sorts of ops that are new to it follow the machine."""
         points = {item: merged(found) for item, found in self.samples.items() if found}
         self.result.paces = merged(points.values()).probes
-        known = self.result.environment
-        if not self.is_resumed:
-            known = replace(known, pace_s=usual_pace(points.values()), sensitivity={})
+        if self.before is not None and not self.before.pace_s:
+            return
+        self.pace_s = usual_pace(points.values())
         learned = sensitivities((sort_of(item), samples) for item, samples in points.items())
-        self.result.environment = replace(known, sensitivity={**learned, **known.sensitivity})
+        pace_s, known = (self.pace_s, {}) if self.before is None else (self.before.pace_s, self.before.sensitivity)
+        self.result.environment = replace(self.result.environment, pace_s=pace_s, sensitivity={**learned, **known})
 
     def _store(self, points: list[tuple[str, Op]], kept: list[Measurement]) -> None:
         self._learn_pace()
         rows = [
-            measurement(item, merged(self.samples[item]), suite, paced=self._at_pace(item))
+            measurement(item, self._clocked(item), suite, paced=self._at_pace(item))
             for suite, item in points if self.samples[item]
         ]  # fmt: skip
         self.result.rows, self.result.fresh = [*kept, *rows], len(rows)

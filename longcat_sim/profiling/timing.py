@@ -47,13 +47,13 @@ def measurement(
     """Return what the samples of an op say; each of their rounds is a block.
 
     The median is that of ``paced``, the samples at one pace, where there are such: a slow minute is in half of the
-    samples. The 10th percentile is that of quiet moments anyway, and stays as the clock has it.
+    samples. The other percentiles stay as the clock has them (the 10th is of quiet moments anyway), or reach to it.
     """
     p10, median, p90 = samples.quantiles()
     if paced is not None:
-        median = float(np.clip(paced.quantiles()[1], p10, p90))
+        median = paced.quantiles()[1]
     return Measurement(
-        op=item, median_s=median, p10_s=p10, p90_s=p90, count=len(samples.flat), suite=suite,
+        op=item, median_s=median, p10_s=min(p10, median), p90_s=max(p90, median), count=len(samples.flat), suite=suite,
         stable=(paced or samples).spread <= UNSTABLE_SPREAD, alongside=alongside, overlapped=overlapped,
         block_s=tuple(Samples([part]).quantiles()[0] for part in samples.rounds),
     )  # fmt: skip

@@ -81,7 +81,7 @@ class Environment:
     clock_mhz: PositiveFloat | None = None
     """SM or core clock while measuring, if it can be read."""
     pace_s: Blocks = ()
-    """CPU: seconds of the probes (``profiling.pace``) at the pace to which the times of ops alone are scaled."""
+    """CPU: seconds of the probes (``profiling.pace``) at the pace of which the medians of ops alone are."""
     sensitivity: Mapping[str, Annotated[tuple[NonNegativeFloat, ...], Field(strict=False)]] = field(
         default_factory=dict
     )

@@ -136,6 +136,11 @@ def calibrate_published(
     there = load_hardware(target).device if target.exists() else hardware.device
     if there != hardware.device:
         raise SpecError(f"--out {out}: expected a profile of {hardware.device}; got one of {there}; give another path")
+    if backend and out is None:
+        raise MeasurementError(
+            f"--backend {backend}: expected a profile of its own, such as --out hardware_profiles/{name}-{backend}.yaml"
+            f"; got none, and {name} is what others take it for; name one"
+        )
     if backend and not has_tables_by_backend(name):
         raise MeasurementError(
             f"--backend {backend}: expected a device whose kernels were timed by backend, such as h100-sxm; "
@@ -150,7 +155,8 @@ def calibrate_published(
         times = OpTimes(hardware, known.laws_, provenance={"method": "published tables", **known.provenance})
     times.collectives_ = collectives or read_collectives(hardware)
     if not target.exists():
-        write_text(target, profile.read_text(encoding="utf-8"))
+        text = profile.read_text(encoding="utf-8")
+        write_text(target, re.sub(rf"^name: {re.escape(name)}$", f"name: {target.stem}", text, flags=re.M))
     write_fit(target, times.to_fit())
     return times
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +62,27 @@ def test_a_backend_replaces_what_it_has_and_no_more() -> None:
     fp8 = [item for item in chosen if item.dtype == "fp8"]
     assert fp8
     assert all(vllm[item] == chosen[item] for item in fp8)
+
+
+def test_a_profile_of_another_engine_has_its_name_and_lends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longcat_sim.calibration.lenders import nearest
+    from longcat_sim.specs.hardware import load_hardware
+    from longcat_sim.studies.measure import calibrate_published
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hardware_profiles").mkdir()
+    out = tmp_path / "hardware_profiles" / "h200-aaa.yaml"  # before h200-sxm by name
+    key = ("gqa_decode", "bf16", "")
+    before = nearest(key, load_hardware("h100-sxm"))
+    times = calibrate_published(None, "h200-sxm", out=out, backend="vllm")
+    assert load_hardware("h200-aaa").name == "h200-aaa"
+    assert any("/attention/vllm/" in source for source in times.laws_[key].provenance)
+    after = nearest(key, load_hardware("h100-sxm"))
+    assert before is not None
+    assert after is not None
+    assert before.lender.name == after.lender.name == "h200-sxm"
 
 
 def test_an_unknown_backend_is_refused() -> None:

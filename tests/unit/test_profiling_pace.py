@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from longcat_sim.ops.graph import LayerLoad
 from longcat_sim.profiling import pace, profile
-from longcat_sim.profiling.pace import Probes, at_pace, sensitivities, sensitivity, slowed, usual_pace
+from longcat_sim.profiling.pace import (
+    Probes,
+    at_pace,
+    powers_of,
+    sensitivities,
+    sensitivity,
+    slowed,
+    sort_of,
+    usual_pace,
+)
 from longcat_sim.profiling.samples import Samples
-from longcat_sim.profiling.suites import Grid
+from longcat_sim.profiling.suites import Grid, step_ops
 from longcat_sim.profiling.timing import Clock, measurement, steady
 from longcat_sim.records.measurement import StepMeasurement, load_measurements, save_measurements
 from longcat_sim.specs.model import model_spec
@@ -53,7 +64,8 @@ def test_a_sort_with_few_rounds_follows_what_all_do() -> None:
     many, few = shaken(POWERS, 40, 3, 0.02, 4), shaken(POWERS, 2, 3, 0.02, 5)
     assert sensitivity(few) == ()
     found = sensitivities([*(("gemm", each) for each in many), *(("host", each) for each in few)])
-    assert found["host"] == pytest.approx(POWERS, abs=0.1)
+    assert "host" not in found
+    assert powers_of("host", found) == pytest.approx(POWERS, abs=0.1)
     assert sensitivities([("host", each) for each in few]) == {}
 
 
@@ -90,7 +102,7 @@ def test_probes_take_as_long_after_anything() -> None:
                 torch.softmax(small, -1)
             found["small"].append(probes.take())
     stream, small_ops = (np.quantile(found[name], 0.1, axis=0) for name in ("stream", "small"))
-    assert stream == pytest.approx(small_ops, rel=0.2)  # 2 % on a quiet machine
+    assert stream == pytest.approx(small_ops, rel=0.5)  # 2 % on a quiet machine; cold ones take five times as long
 
 
 def test_parts_are_sampled_warm_and_without_probes() -> None:
@@ -109,12 +121,31 @@ def test_a_file_that_is_resumed_keeps_its_pace(tmp_path: Path) -> None:
     assert len(first.environment.pace_s) == len(pace.PRODUCTS)
     half = load_measurements(out)
     slow = tuple(2 * seconds for seconds in half.environment.pace_s)  # as if it had been a slow minute
-    environment = half.environment.at_pace_of(half.environment)
-    object.__setattr__(environment, "pace_s", slow)
-    save_measurements(out, environment, half.rows)
-    again = profile(["decode", "small-ops"], "cpu", tiny, budget_s=3.0, grid=grid, out=out, resume=out)
+    known = {"gemm": (1.0, 0.0), "norm": (1.0, 0.0), "embedding": (0.0, 0.0)}
+    save_measurements(out, replace(half.environment, pace_s=slow, sensitivity=known), half.rows)
+    again = profile(["small-ops"], "cpu", tiny, budget_s=4.0, grid=grid, out=out, resume=out)
     assert again.environment.pace_s == slow == load_measurements(out).environment.pace_s
-    assert set(again.environment.sensitivity) >= set(half.environment.sensitivity)
+    assert known.items() <= again.environment.sensitivity.items()
+    plain = profile(["small-ops"], "cpu", tiny, budget_s=4.0, grid=grid)
+    times = {row.op: row for row in plain}
+    for kind, factor in (("norm", 2.0), ("embedding", 1.0)):  # to the file's pace, as the kind follows the product
+        rows = [row for row in again if row.op.kind == kind]
+        assert rows
+        for name in ("median_s", "p10_s"):
+            found = np.median([getattr(row, name) / getattr(times[row.op], name) for row in rows])
+            assert found == pytest.approx(factor, rel=0.35), (kind, name)
+
+
+def test_an_older_file_is_resumed_without_a_pace(tmp_path: Path) -> None:
+    out, tiny = tmp_path / "m.jsonl", model_spec("longcat-tiny")
+    grid = Grid(decode=((1, 32), (4, 64)), prefill=((1, 16),))
+    profile(["decode"], "cpu", tiny, budget_s=2.0, grid=grid, out=out)
+    older = load_measurements(out)
+    save_measurements(out, replace(older.environment, pace_s=(), sensitivity={}), older.rows)
+    again = profile(["small-ops"], "cpu", tiny, budget_s=2.0, grid=grid, out=out, resume=out)
+    assert again.environment.pace_s == ()
+    assert again.environment.sensitivity == {}
+    assert "nothing is scaled to one pace" in again.summary()
 
 
 def test_steps_are_predicted_at_the_pace_that_they_had() -> None:
@@ -132,4 +163,6 @@ def test_steps_are_predicted_at_the_pace_that_they_had() -> None:
     assert own_step.predict_s(Second(), spec, step, "fp32", pace_of_ops) == plain  # type: ignore[arg-type]
     pace_of_ops["sensitivity"] = {"gemm": [1.0, 0.0]}
     slower = own_step.predict_s(Second(), spec, step, "fp32", pace_of_ops)  # type: ignore[arg-type]
-    assert plain < slower < 2 * plain
+    ops = step_ops(spec, "decode", 1, 1, 33, "fp32", LayerLoad(0.0, 0.0, 0.0))
+    assert plain == len(ops)
+    assert slower == plain + sum(sort_of(item) == "gemm" for item in ops)

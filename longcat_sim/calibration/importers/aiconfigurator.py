@@ -271,25 +271,22 @@ def _times_of(
     return best
 
 
-def _preferred(own: Times, others: Times, left_out: Counter[str]) -> Times:
-    """Return a backend's times, and the others' for laws that it lacks or that it timed with the host's launches.
+def _preferred(own: Times, others: Times) -> tuple[Times, dict[str, int]]:
+    """Return a backend's times, and the others' for laws that it lacks or that it timed with the host's launches, whose
+    rows are counted by law.
 
     Those of its smallest op take several times as long as anybody else's (vLLM's fp8 products: 59 us on an H200, 230 on
     a B200), which a CUDA graph, as engines decode with, does not wait for.
     """
-
-    def fastest(times: Times) -> dict[Key, float]:
-        found: dict[Key, float] = {}
-        for key, (milliseconds, _) in times.items():
-            found[key[:3]] = min(milliseconds, found.get(key[:3], np.inf))
-        return found
-
-    mine, theirs = fastest(own), fastest(others)
-    launched = {law for law, least in mine.items() if least > LAUNCHED * theirs.get(law, np.inf)}
-    for law in launched:
-        left_out[" ".join(filter(None, law)) + ": timed with its launches"] += sum(key[:3] == law for key in own)
+    least: dict[Key, tuple[float, float]] = {}
+    for key in own.keys() & others.keys():
+        mine, theirs = least.get(key[:3], (np.inf, np.inf))
+        least[key[:3]] = min(mine, own[key][0]), min(theirs, others[key][0])
+    launched = {law for law, (mine, theirs) in least.items() if mine > LAUNCHED * theirs}
     found = {key: timed for key, timed in own.items() if key[:3] not in launched}
-    return found | {key: timed for key, timed in others.items() if key[:3] not in mine or key[:3] in launched}
+    has = {key[:3] for key in found}
+    found |= {key: timed for key, timed in others.items() if key[:3] not in has}
+    return found, {" ".join(filter(None, law)): sum(key[:3] == law for key in own) for law in launched}
 
 
 def import_aiconfigurator(
@@ -314,26 +311,36 @@ def import_aiconfigurator(
     tables = tables_folder(folder)
     base, release = tables / SYSTEMS[hardware], _release(tables)
 
-    def read(family: str, table: str, reader: Callable[[Columns], Iterator[Point]]) -> Times:
+    def read(family: str, table: str, reader: Callable[[Columns], Iterator[Point]]) -> tuple[Times, Counter[str]]:
+        dropped: Counter[str] = Counter()
         candidates = list((base / family).glob(f"*/{table}.parquet"))
         if not candidates:
-            return {}
+            return {}, dropped
         # the fullest version: later ones may hold a few rows only
         version = max(candidates, key=lambda path: path.stat().st_size).parent
         source = f"aiconfigurator-core {release} {SYSTEMS[hardware]}/{family}/{version.name}/{table}"
         file = parquet.read_table(version / f"{table}.parquet")
         columns = {name: file[name].to_numpy(zero_copy_only=False) for name in file.column_names}
-        return _times_of(columns, table, reader, source, dropped)
+        return _times_of(columns, table, reader, source, dropped), dropped
 
-    dropped = left_out if left_out is not None else Counter()
     best: Times = {}
+    dropped: Counter[str] = Counter()
     for family, table, reader in TABLES:
-        found = read(family, table, reader)
-        if backend:
-            found = _preferred(read(f"{family.split('/')[0]}/{backend}", table, reader), found, dropped)
+        found, lost = read(family, table, reader)
+        own = f"{family.split('/')[0]}/{backend}"
+        if backend and own != family:
+            theirs, lost_of_theirs = read(own, table, reader)
+            found, launched = _preferred(theirs, found)
+            has = {" ".join(filter(None, key[:3])) for key in theirs} - set(launched)
+            kept = [(label, n) for label, n in lost.items() if label.split(":")[0] not in has]
+            kept += [(label, n) for label, n in lost_of_theirs.items() if label.split(":")[0] in has]
+            lost = Counter(dict(kept)) + Counter({f"{law}: timed with its launches": n for law, n in launched.items()})
+        dropped.update(lost)
         for key, timed in found.items():
             if (not kinds or key[0] in kinds) and (key not in best or timed[0] < best[key][0]):
                 best[key] = timed
+    if left_out is not None:
+        left_out.update({label: n for label, n in dropped.items() if not kinds or label.split(" ")[0] in kinds})
     return [
         published(kind, milliseconds * 1e-3, source, dtype=dtype, variant=variant, **dict(dims))
         for (kind, dtype, variant, dims), (milliseconds, source) in best.items()

@@ -15,7 +15,7 @@ from longcat_sim.calibration import OpTimes
 from longcat_sim.errors import MeasurementError
 from longcat_sim.ops.graph import LayerLoad
 from longcat_sim.ops.op import OpTimesLike
-from longcat_sim.profiling.pace import slowed, sort_of
+from longcat_sim.profiling.pace import powers_of, slowed, sort_of
 from longcat_sim.profiling.steps import POINTS, Point
 from longcat_sim.profiling.suites import step_ops
 from longcat_sim.records.measurement import StepMeasurement
@@ -40,8 +40,9 @@ def predict_s(
         ops = [item for item in ops if item.kind != "host"]
     if not pace:
         return sum(times.seconds(item) for item in ops)
-    powers = pace["sensitivity"]
-    factors = {sort: slowed(step.pace_s, pace["probe_s"], powers.get(sort, ())) for sort in set(map(sort_of, ops))}
+    factors = {
+        sort: slowed(step.pace_s, pace["probe_s"], powers_of(sort, pace["sensitivity"])) for sort in map(sort_of, ops)
+    }
     return sum(times.seconds(item) * factors[sort_of(item)] for item in ops)
 
 
@@ -49,7 +50,7 @@ def compare(
     times: OpTimesLike, spec: ModelSpec, steps: Sequence[StepMeasurement], dtype: str = "fp32",
     pace: Mapping[str, Any] | None = None,
 ) -> list[Row]:  # fmt: skip
-    """Return one row per step: predicted (``predict_s``) beside measured, with the machine's drift between blocks."""
+    """Return one row per step: predicted (``predict_s``) beside measured, with the drift that its pace leaves."""
     rows = []
     for step in steps:
         size = f"{step.sequences} x {step.context - 1 if step.phase == 'decode' else step.context} tokens"
