@@ -13,10 +13,12 @@ def run(
     measurements: Annotated[
         Path | None, typer.Argument(help="A file that `profile` wrote, or published records (.yaml).")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The profile; hardware_profiles/NAME.yaml where not given.")] = None,
-    tables: Annotated[Path | None, typer.Option(help="With records: aiconfigurator-core's table folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The profile; hardware_profiles/NAME.yaml unless given.")] = None,
+    tables: Annotated[
+        Path | None, typer.Option(help="Folder of aiconfigurator-core's tables, if it is not installed.")
+    ] = None,
     backend: Annotated[
-        str, typer.Option(help="Fit the published kernels of this engine, trtllm, sglang or vllm, where it has them.")
+        str, typer.Option(help="Fit published kernels of this engine: trtllm, sglang or vllm. Needs --out.")
     ] = "",
 ) -> None:
     """Fit operator times to measurements and write them into a hardware profile.

@@ -51,7 +51,7 @@ class Probes:
         return tuple(found)
 
 
-def usual_pace(samples: Iterable[Samples]) -> tuple[float, ...]:
+def mean_pace(samples: Iterable[Samples]) -> tuple[float, ...]:
     """Return the mean time of each probe over all rounds; nothing where none ran."""
     probes = merged(samples).probes
     return tuple(float(mean) for mean in np.mean(probes, axis=0)) if probes else ()

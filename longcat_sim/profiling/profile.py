@@ -16,7 +16,7 @@ from longcat_sim.errors import MeasurementError
 from longcat_sim.ops.op import Op
 from longcat_sim.profiling.environment import here
 from longcat_sim.profiling.kernels import BUILDERS, Timed
-from longcat_sim.profiling.pace import at_pace, powers_of, sensitivities, slowed, sort_of, usual_pace
+from longcat_sim.profiling.pace import at_pace, mean_pace, powers_of, sensitivities, slowed, sort_of
 from longcat_sim.profiling.place import TORCH_DTYPES, Place
 from longcat_sim.profiling.samples import Samples, merged
 from longcat_sim.profiling.suites import DENSE, FULL, SUITES, Grid, reuse_bytes, suite_ops
@@ -76,7 +76,7 @@ class Profiled(Sequence[Measurement]):
         if sum(not row.stable for row in self.rows) <= FEW_UNSTABLE * len(self.rows):
             return ""
         return (
-            "this machine was busy or its clock changed: medians are of its usual pace, as far as probes tell. Close "
+            "this machine was busy or its clock changed: medians are of its mean pace, as far as probes tell. Close "
             "other programs and profile into a new file (points of an old one are kept, not measured again), with "
             "more --budget-s where it can be had"
         )
@@ -275,7 +275,7 @@ class _Run:
         self.result.paces = merged(points.values()).probes
         if self.before is not None and not self.before.pace_s:
             return
-        self.pace_s = usual_pace(points.values())
+        self.pace_s = mean_pace(points.values())
         learned = sensitivities((sort_of(item), samples) for item, samples in points.items())
         pace_s, known = (self.pace_s, {}) if self.before is None else (self.before.pace_s, self.before.sensitivity)
         self.result.environment = replace(self.result.environment, pace_s=pace_s, sensitivity={**learned, **known})

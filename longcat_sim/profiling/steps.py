@@ -17,7 +17,7 @@ import torch
 from longcat_sim.model.cache import LatentCache
 from longcat_sim.model.layer import Step
 from longcat_sim.model.longcat import ABSORBED, LongcatFlash
-from longcat_sim.profiling.pace import at_pace, sensitivity, usual_pace
+from longcat_sim.profiling.pace import at_pace, mean_pace, sensitivity
 from longcat_sim.profiling.samples import Samples, merged
 from longcat_sim.profiling.timing import Clock, Run, first_line, steady
 from longcat_sim.records.measurement import StepMeasurement
@@ -59,7 +59,7 @@ def measure_steps(
 ) -> list[StepMeasurement]:
     """Return the time of each step, in rounds over all points; the experts' loads are recorded beside.
 
-    On a CPU rounds are scaled to the usual pace of all of them, which every step names.
+    On a CPU rounds are scaled to the mean pace of all of them, which every step names.
     """
     with torch.inference_mode(), steady(model.device):
         runs = [_prepared(model, point) for point in points]
@@ -131,7 +131,7 @@ def _sampled(device: torch.device, runs: Sequence[Run], budget_s: float) -> list
         for index, run in enumerate(runs):
             rounds[index].append(clock.sample(run, budget_s / (ROUNDS * len(runs)), at_least=2, at_most=20))
     found = [merged(parts) for parts in rounds]
-    pace_s, powers = usual_pace(found), {STEP: sensitivity(found)}
+    pace_s, powers = mean_pace(found), {STEP: sensitivity(found)}
     return [replace(at_pace(samples, pace_s, powers, STEP), probes=[pace_s] if pace_s else []) for samples in found]
 
 

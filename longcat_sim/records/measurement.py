@@ -169,7 +169,7 @@ class StepMeasurement:
     exchange_sms: NonNegativeInt = 0
     """SMs that copy them; 0: time passes, and no SM is busy."""
     pace_s: Blocks = ()
-    """CPU: seconds of the probes at the pace to which the times are scaled, the usual one while steps ran."""
+    """CPU: seconds of the probes at the pace to which the times are scaled, the mean one while the steps ran."""
 
     def __post_init__(self) -> None:
         """Refuse times that cannot be."""

@@ -14,12 +14,12 @@ from longcat_sim.profiling import pace, profile
 from longcat_sim.profiling.pace import (
     Probes,
     at_pace,
+    mean_pace,
     powers_of,
     sensitivities,
     sensitivity,
     slowed,
     sort_of,
-    usual_pace,
 )
 from longcat_sim.profiling.samples import Samples
 from longcat_sim.profiling.suites import Grid, step_ops
@@ -51,7 +51,7 @@ def test_the_powers_of_both_probes_are_found_whatever_the_sizes() -> None:
 
 def test_what_the_probes_tell_is_taken_off_and_the_level_stays() -> None:
     points = shaken(POWERS, 40, 3, 0.02, 3)
-    usual, powers = usual_pace(points), {"gemm": sensitivity(points)}
+    usual, powers = mean_pace(points), {"gemm": sensitivity(points)}
     before = [np.ptp(np.log([np.median(part) for part in samples.rounds])) for samples in points]
     after = [at_pace(samples, usual, powers, "gemm") for samples in points]
     left = [np.ptp(np.log([np.median(part) for part in samples.rounds])) for samples in after]
@@ -71,7 +71,7 @@ def test_a_sort_with_few_rounds_follows_what_all_do() -> None:
 
 def test_without_probes_or_powers_nothing_is_scaled() -> None:
     plain = Samples([[1.0, 2.0], [3.0]])
-    assert usual_pace([plain]) == ()
+    assert mean_pace([plain]) == ()
     assert at_pace(plain, (), {}, "gemm") is plain
     probed = Samples([[1.0], [2.0]], [(1.0, 1.0), (2.0, 2.0)])
     assert at_pace(probed, (1.0, 1.0), {}, "gemm").rounds == probed.rounds
@@ -79,7 +79,7 @@ def test_without_probes_or_powers_nothing_is_scaled() -> None:
     assert slowed((), (1.0, 1.0), (0.5, 1.0)) == 1.0
 
 
-def test_the_median_is_of_the_usual_pace_and_the_10th_percentile_as_clocked() -> None:
+def test_the_median_is_of_the_mean_pace_and_the_10th_percentile_as_clocked() -> None:
     from longcat_sim.ops.op import op
 
     raw = Samples([[1.0] * 5, [2.0] * 10], [(1.0, 1.0), (2.0, 2.0)])
