@@ -14,9 +14,7 @@ def run(
         Path | None, typer.Argument(help="A file that `profile` wrote, or published records (.yaml).")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The profile; hardware_profiles/NAME.yaml unless given.")] = None,
-    tables: Annotated[
-        Path | None, typer.Option(help="aiconfigurator-core's tables, if it is not installed.")
-    ] = None,
+    tables: Annotated[Path | None, typer.Option(help="aiconfigurator-core's tables, if it is not installed.")] = None,
     backend: Annotated[
         str, typer.Option(help="Fit published kernels of this engine: trtllm, sglang or vllm. Needs --out.")
     ] = "",
