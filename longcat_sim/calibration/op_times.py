@@ -279,6 +279,12 @@ class OpTimes:
             names[says].append(name)
         found = [f"{', '.join(same)}: {says}" for says, same in names.items()]
         found += self.links.notes(collectives)
+        if self.provenance.get("backend"):
+            found.insert(
+                0,
+                f"{self.hardware.name}: published kernels of {self.provenance['backend']} where there are such tables, "
+                "of other engines where not (`sources` of each law in its profile)",
+            )
         if self.hardware.has_own_kernels and self.hardware.sm_count != 1:
             found.insert(
                 0,

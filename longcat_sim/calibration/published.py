@@ -9,8 +9,9 @@ from pathlib import Path
 from longcat_sim.calibration.answer import Key
 from longcat_sim.calibration.artefacts import without_accidents, without_warm
 from longcat_sim.calibration.collectives import CollectiveTimes
+from longcat_sim.calibration.fitted import FittedLaw
 from longcat_sim.calibration.importers import published
-from longcat_sim.calibration.importers.aiconfigurator import SYSTEMS, import_aiconfigurator
+from longcat_sim.calibration.importers.aiconfigurator import BACKENDS, SYSTEMS, import_aiconfigurator
 from longcat_sim.calibration.importers.exchange import read_points
 from longcat_sim.calibration.importers.kernels import READERS, import_kernels
 from longcat_sim.calibration.op_times import OpTimes
@@ -56,9 +57,14 @@ def has_op_tables(name: str) -> bool:
     return name in READERS or name in SYSTEMS or name in SAME_DIE
 
 
-def has_tables_by_backend(name: str) -> bool:
-    """Whether all laws of a device are those of aiconfigurator-core's tables."""
-    return name in SYSTEMS and name not in READERS
+def devices_by_backend() -> list[str]:
+    """Return the devices whose laws are all those of aiconfigurator-core's tables."""
+    return [name for name in SYSTEMS if name not in READERS]
+
+
+def engines_of(law: FittedLaw) -> set[str]:
+    """Return the engines whose tables a law was fitted to."""
+    return {name for name in BACKENDS for source in law.provenance if f"/{name}/" in source}
 
 
 def published_measurements(

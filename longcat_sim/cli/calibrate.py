@@ -24,6 +24,7 @@ def run(
     Lines that cannot be read are left out and named; a file with more than 5 % of them is refused. With --backend no
     file is needed: the tables are those of aiconfigurator-core (`pip install aiconfigurator-core pyarrow`).
     """
+    from longcat_sim.calibration.published import engines_of
     from longcat_sim.cli.output import say
     from longcat_sim.errors import MeasurementError
     from longcat_sim.records.measurement import load_measurements, skipped_lines
@@ -32,6 +33,8 @@ def run(
     is_published = measurements is None or measurements.suffix in (".yaml", ".yml")
     if backend and not is_published:
         raise MeasurementError(f"--backend {backend}: expected published tables; got {measurements}; leave one out")
+    if tables is not None and not is_published:
+        raise MeasurementError(f"--tables {tables}: expected published tables; got {measurements}; leave one out")
     if measurements is None and not backend:
         raise MeasurementError("MEASUREMENTS: expected a file that `profile` wrote, such as m.jsonl; got none")
     if measurements is None or is_published:
@@ -49,6 +52,12 @@ def run(
         curves = times.collectives_.curves_
         kinds, ranks = (sorted({getattr(curve, name) for curve in curves}) for name in ("kind", "ranks"))
         print(f"collectives: {', '.join(kinds)} over {', '.join(map(str, ranks))} ranks")
+    others = [
+        f"{' '.join(filter(None, law.key))} ({' and '.join(sorted(engines_of(law)))})"
+        for law in times.laws_.values() if backend and engines_of(law) != {backend}
+    ]  # fmt: skip
+    if others:
+        print(f"not of {backend} alone, which has no such table: {', '.join(others)}")
     for reason, count in times.provenance.get("left_out", {}).items():
         print(f"left out: {count} rows of {reason}")
     beside = times.provenance.get("contention")

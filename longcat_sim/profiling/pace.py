@@ -52,9 +52,11 @@ class Probes:
 
 
 def mean_pace(samples: Iterable[Samples]) -> tuple[float, ...]:
-    """Return the mean time of each probe over all rounds; nothing where none ran."""
+    """Return the mean time of each probe over all rounds but the extreme twentieths; nothing where none ran."""
+    from scipy.stats import trim_mean
+
     probes = merged(samples).probes
-    return tuple(float(mean) for mean in np.mean(probes, axis=0)) if probes else ()
+    return tuple(float(mean) for mean in trim_mean(probes, 0.05, axis=0)) if probes else ()
 
 
 def sensitivity(points: Iterable[Samples]) -> tuple[float, ...]:

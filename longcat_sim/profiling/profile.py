@@ -93,7 +93,9 @@ class Profiled(Sequence[Measurement]):
         elif self.paces:
             product = np.array(self.paces)[:, 0] / self.environment.pace_s[0]
             low, high = 1 / np.quantile(product, 0.9), 1 / np.quantile(product, 0.1)
-            text += f"; the machine ran at {low:.2f} to {high:.2f} of the pace to which times are scaled"
+            text += (
+                f"; the machine ran {low:.2f} to {high:.2f} times as fast as at the pace of the medians"
+            )
         text += skipped_lines(self.skipped)
         if self.dropped:
             kinds = sorted({item.kind for _, item in self.dropped})
@@ -200,7 +202,8 @@ class _Run:
             kept, self.steps, self.result.skipped = list(before), before.steps, before.skipped
             if any(not row.is_contention and not row.op.is_collective for row in kept):
                 self.before = before.environment
-                self.result.environment = self.result.environment.at_pace_of(self.before)
+                here_now = self.result.environment.at_pace_of(self.before)
+                self.result.environment = replace(here_now, date=self.before.date)
         known = {row.op for row in kept if not row.is_contention}
         points = [(suite, item) for suite in names for item in suite_ops(suite, self.spec, grid, dtype)]
         points = list({item: (suite, item) for suite, item in points if item not in known}.values())

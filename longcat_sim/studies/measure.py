@@ -123,9 +123,9 @@ def calibrate_published(
         MeasurementError: no table of the device, no such backend, or too few points.
     """
     from longcat_sim.calibration.published import (
+        devices_by_backend,
         fit_published,
         has_op_tables,
-        has_tables_by_backend,
         published_collectives,
     )
 
@@ -136,15 +136,16 @@ def calibrate_published(
     there = load_hardware(target).device if target.exists() else hardware.device
     if there != hardware.device:
         raise SpecError(f"--out {out}: expected a profile of {hardware.device}; got one of {there}; give another path")
-    if backend and out is None:
+    taken = out is not None and out.stem in hardware_names() and not (load_hardware(out.stem).fit or {}).get("backend")
+    if backend and (out is None or taken):
         raise MeasurementError(
             f"--backend {backend}: expected a profile of its own, such as --out hardware_profiles/{name}-{backend}.yaml"
-            f"; got none, and {name} is what others take it for; name one"
+            f"; got {out or 'none'}, and {name} is what others take it for; name another"
         )
-    if backend and not has_tables_by_backend(name):
+    if backend and name not in devices_by_backend():
         raise MeasurementError(
-            f"--backend {backend}: expected a device whose kernels were timed by backend, such as h100-sxm; "
-            f"got {name}; leave --backend out"
+            f"--backend {backend}: expected a device with published tables of several engines, --name "
+            f"{' or '.join(devices_by_backend())}; got {name}; measure it yourself with `profile`"
         )
     collectives = published_collectives(records, hardware, load_hardware) if records else None
     if collectives is None or has_op_tables(name):  # what another version fitted is replaced

@@ -159,13 +159,13 @@ def _mla_prefill(row: Columns) -> Iterator[Point]:
 
 
 def _gqa_prefill(row: Columns) -> Iterator[Point]:
-    if row["attn_dtype"] == "bfloat16" and row["kv_cache_dtype"] == "bfloat16" and row["window_size"] == 0:
+    if row["attn_dtype"] == "bfloat16" and row["kv_cache_dtype"] == "bfloat16" and not row.get("window_size"):
         dims = _prefill_dims(row, row["num_key_value_heads"], row["head_dim"], row["head_dim"])
         yield "attention_prefill", "bf16", "", dims, row["latency"]
 
 
 def _gqa_decode(row: Columns) -> Iterator[Point]:
-    if row["window_size"] == 0:
+    if not row.get("window_size"):  # older tables hold no windows
         dims = {
             "batch": row["batch_size"], "queries": 1, "context": row["step"] + 1, "heads": row["num_heads"],
             "kv_heads": row["num_key_value_heads"], "head_dim": row["head_dim"],
@@ -248,7 +248,7 @@ def tables_folder(folder: str | Path | None = None) -> Path:
 
 def _release(tables: Path) -> str:
     """Return the package's version, from the metadata that lies beside it."""
-    beside = sorted(tables.parents[2].glob("aiconfigurator_core-*.dist-info"))
+    beside = sorted(tables.resolve().parent.parent.parent.glob("aiconfigurator_core-*.dist-info"))
     return beside[-1].name.split("-")[1].removesuffix(".dist") if beside else "of an unknown version"
 
 
@@ -310,6 +310,11 @@ def import_aiconfigurator(
         raise MeasurementError("pyarrow: expected it to read the tables; run `pip install pyarrow`") from None
     tables = tables_folder(folder)
     base, release = tables / SYSTEMS[hardware], _release(tables)
+    if not base.is_dir():
+        raise MeasurementError(
+            f"{tables}: expected a folder {base.name} with the tables of {hardware}; there is none; give the folder "
+            "systems/data of aiconfigurator-core"
+        )
 
     def read(family: str, table: str, reader: Callable[[Columns], Iterator[Point]]) -> tuple[Times, Counter[str]]:
         dropped: Counter[str] = Counter()

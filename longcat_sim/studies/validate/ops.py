@@ -34,7 +34,7 @@ def run(hardware: Sequence[str] = ()) -> Section:
         except UserError as error:  # a profile of the user's that another version wrote or fitted
             section.notes.append(f"left out: {error.faults[0]}")
             continue
-        is_cpu = device.sm_count == 1
+        is_cpu, is_pooled = device.sm_count == 1, not times.provenance.get("backend")  # or tables would count twice
         for law in times.laws_.values():
             if law.transferred_from:
                 section.notes.append(f"{name}: {' '.join(filter(None, law.key))} is that of {law.transferred_from}")
@@ -56,6 +56,8 @@ def run(hardware: Sequence[str] = ()) -> Section:
                         note=note,
                     )
                 )
+                if not is_pooled:
+                    continue
                 if law.kind in GPU_KINDS and split in GPU_LIMITS and not is_cpu and not device.has_own_kernels:
                     by_kind.setdefault((law.kind, split), []).append((figures["mape"], count))
                 if split in ("fitted", "random p10"):

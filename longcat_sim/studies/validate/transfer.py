@@ -120,6 +120,7 @@ def measured_devices() -> list[str]:
         if (
             hardware.architecture
             and not hardware.has_own_kernels
+            and not (hardware.fit or {}).get("backend")
             and sum("transferred_from" not in law for law in laws) >= 5
         ):
             found.append(name)
