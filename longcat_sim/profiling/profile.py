@@ -93,9 +93,7 @@ class Profiled(Sequence[Measurement]):
         elif self.paces:
             product = np.array(self.paces)[:, 0] / self.environment.pace_s[0]
             low, high = 1 / np.quantile(product, 0.9), 1 / np.quantile(product, 0.1)
-            text += (
-                f"; the machine ran {low:.2f} to {high:.2f} times as fast as at the pace of the medians"
-            )
+            text += f"; the machine ran {low:.2f} to {high:.2f} times as fast as at the pace of the medians"
         text += skipped_lines(self.skipped)
         if self.dropped:
             kinds = sorted({item.kind for _, item in self.dropped})
