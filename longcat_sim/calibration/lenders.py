@@ -70,9 +70,7 @@ def distance(hardware: HardwareSpec, law: FittedLaw, lender: HardwareSpec) -> fl
 def serves(law: FittedLaw, variant: str, laws: Iterable[FittedLaw]) -> bool:
     """Return whether ``law`` is that of a kernel variant on a device with ``laws``: of its name, or the one for all
     that have no law of their own."""
-    if law.variant:
-        return law.variant == variant
-    return not any((same.kind, same.dtype, same.variant) == (law.kind, law.dtype, variant) for same in laws if variant)
+    return law.variant == variant or (not law.variant and (law.kind, law.dtype, variant) not in {o.key for o in laws})
 
 
 def nearest(key: Key, hardware: HardwareSpec) -> Lent | None:

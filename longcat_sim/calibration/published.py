@@ -89,7 +89,7 @@ def published_measurements(
     borrowed: list[Measurement] = []
     twin = SAME_DIE.get(hardware)
     if twin:
-        found = import_aiconfigurator(twin, folder=tables, backend=backend)
+        found = import_aiconfigurator(twin, folder=tables)
         borrowed = [row for row in found if row.op.kind not in BORROWED or BORROWED[row.op.kind](row.op)]
     if not own and not borrowed:
         raise MeasurementError(f"hardware: expected one with published tables; got {hardware!r}; measure it yourself")

@@ -112,16 +112,16 @@ def shapes(scenario: Scenario, *, weight: int = 1) -> tuple[list[Shape], Rejecte
         SpecError: an unknown device.
     """
     search, found, rejected = search_of(scenario), [], Rejected()
+    for name in search.hardware:  # an unknown device is a fault, not a rejection
+        if "/" not in name:  # a path lies where the scenario says
+            load_hardware(name, where=f"{scenario._at('search')}.hardware")
+        scenario.what_if({"hardware": name})
     for changes in _choices(scenario, search):
         if changes["deployment.num_gpus"] > search.max_gpus:
             rejected.add(
                 "max_gpus", f"a replica of {changes['deployment.num_gpus']} GPUs exceeds {search.max_gpus}", weight
             )
             continue
-        if "hardware" in changes:  # an unknown device is a fault, not a rejection
-            if "/" not in changes["hardware"]:  # a path lies where the scenario says
-                load_hardware(changes["hardware"], where=f"{scenario._at('search')}.hardware")
-            scenario.what_if({"hardware": changes["hardware"]})
         try:
             shape = Shape(scenario.what_if(changes), changes)
         except SpecError as error:

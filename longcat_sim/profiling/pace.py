@@ -4,8 +4,8 @@ Neighbours take a shared CPU's caches, its memory and its clock, so that it is s
 and not every op suffers alike. By which power of each probe a sort's times go is learned from the rounds of its own
 points (control variates), and its medians are then given at one pace, the mean one of the file's first suite: a step is
 long, and sees the mean. On 2 shared cores with busy neighbours held-out medians of 21 sorts were 10.6 % off on average,
-so 7.6 %; products 6.5 and 4.3, MLA 8.2 and 5.7, prefill attention 10.1 and 6.9 (one set of samples, with and without; a
-quiet machine has nothing to take off).
+so 7.6 %; products 6.5 and 4.3, MLA 8.2 and 5.7, prefill attention 10.1 and 6.9 (one set of samples, with and without,
+2026-11-26, no command repeats it; a quiet machine has nothing to take off).
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ EVERY = "all"
 WARM = 2
 """Runs before one is timed."""
 MIN_FREEDOM = 8
-"""Rounds beyond each point's first, below which a sort is too thin to be asked, and follows what all do."""
+"""Rounds beyond each point's first, below which a sort is too thin to be asked, and follows what all do. Assumed."""
+TRIMMED = 0.05
+"""Share of rounds at either end of which the mean pace knows nothing: the probe was interrupted. Assumed."""
 
 
 class Probes:
@@ -52,11 +54,11 @@ class Probes:
 
 
 def mean_pace(samples: Iterable[Samples]) -> tuple[float, ...]:
-    """Return the mean time of each probe over all rounds but the extreme twentieths; nothing where none ran."""
+    """Return the mean time of each probe over all rounds but the extreme ones; nothing where none ran."""
     from scipy.stats import trim_mean
 
     probes = merged(samples).probes
-    return tuple(float(mean) for mean in trim_mean(probes, 0.05, axis=0)) if probes else ()
+    return tuple(float(mean) for mean in trim_mean(probes, TRIMMED, axis=0)) if probes else ()
 
 
 def sensitivity(points: Iterable[Samples]) -> tuple[float, ...]:

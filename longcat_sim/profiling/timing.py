@@ -35,7 +35,7 @@ STREAM_POOL_BYTES = 128 << 20
 """Weights to stream before a CPU op: more than a last-level cache holds."""
 STREAM_WIDTH = 512
 PROBE_SHARE = 0.2
-"""Time that goes to probes, over that of the samples."""
+"""Time that goes to probes, over that of the samples. Assumed."""
 GRAPH_S, GRAPH_CALLS = 1e-3, 20
 """A graph holds as many calls as fill this time, and at most so many."""
 

@@ -44,7 +44,7 @@ EXPERTS = ("moe_dtype", "hidden_size", "inter_size", "topk", "num_experts")
 ANOTHER_KERNEL = 0.98
 """Twice the heads in less than this share of the time: that is another kernel."""
 LAUNCHED = 4.0
-"""A backend's smallest op over another's, beyond which launches were timed. Kernels of three engines differ by less."""
+"""A backend's smallest op over another's, beyond which launches were timed. Assumed."""
 SLOW_CUT = 1.1
 """A cut of the same experts over more ranks that takes this much longer than a coarser cut was not tuned."""
 Columns = Mapping[str, Any]
@@ -159,13 +159,15 @@ def _mla_prefill(row: Columns) -> Iterator[Point]:
 
 
 def _gqa_prefill(row: Columns) -> Iterator[Point]:
-    if row["attn_dtype"] == "bfloat16" and row["kv_cache_dtype"] == "bfloat16" and not row.get("window_size"):
+    if (
+        row["attn_dtype"] == "bfloat16" and row["kv_cache_dtype"] == "bfloat16" and not row.get("window_size")
+    ):  # older tables hold none
         dims = _prefill_dims(row, row["num_key_value_heads"], row["head_dim"], row["head_dim"])
         yield "attention_prefill", "bf16", "", dims, row["latency"]
 
 
 def _gqa_decode(row: Columns) -> Iterator[Point]:
-    if not row.get("window_size"):  # older tables hold no windows
+    if not row.get("window_size"):
         dims = {
             "batch": row["batch_size"], "queries": 1, "context": row["step"] + 1, "heads": row["num_heads"],
             "kv_heads": row["num_key_value_heads"], "head_dim": row["head_dim"],
